@@ -1,0 +1,173 @@
+"""What the modes share of the gates: their sums within chunks, and their gradient from what the backward sweeps leave.
+
+**Sums.** A decay between two tokens of a chunk is `exp2(c_i - c_j)`, with `c` the running sum of the gates (in units of
+log 2) from the chunk's first token. A gate of -inf, or a very large one, is a reset: its decay must be zero and the small gates
+beside it must keep their accuracy. So a gate is cut off at -256, whose decay is zero in fp32 with room to spare, and the sums are
+taken in two parts, of whole numbers, which fp32 adds exactly, and of fractions. Where 16-bit inputs bound the accuracy
+anyway the parts are added and stored as one number; fp32 inputs get both, and subtract them part by part.
+
+**Gradient.** With `w_t = q_t . dq_t` and `z_t = k_t . dk_t`,
+
+    dg_t = <S_e, dS_e> + sum_{s=t..e} (w_s - z_s)
+
+for any e >= t. The sum telescopes: rounding noise in w and z adds up while its value does not, so e must not be far away. The
+sweep for dq leaves S at every `ANCHOR` tokens, the one for dk multiplies it by the dS it holds, and the kernel below sums
+from there.
+
+**Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries are on the
+device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
+a bound the host knows. Some slots stay empty. The tokens behind the last sequence count as one more.
+"""
+
+import torch
+
+from ._triton import jit, tl, triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# the decay of one gate at or below this is zero in fp32 (no kernel keeps denormal numbers), in units of log 2
+UNDERFLOW = tl.constexpr(-126.0)
+RESET = tl.constexpr(-256.0)
+
+# Tokens between two anchors of the gate gradient.
+ANCHOR = 128
+
+
+@jit
+def sequence_bounds(cu_seqlens, i_n, N, T):
+    """First token of sequence i_n and the one after its last; sequence N is what lies behind the others."""
+    bos = tl.load(cu_seqlens + i_n).to(tl.int32)
+    eos = tl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T).to(tl.int32)
+    return bos, eos
+
+
+@jit
+def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
+    """Of slot i_s: its row of the batch, whether a sequence owns it, the first of its tokens and the one after its last.
+
+    first >= end in an empty slot.
+    """
+    if cu_seqlens is None:
+        NT = tl.cdiv(T, BT)
+        first = i_s % NT * BT
+        return (i_s // NT).to(tl.int64), True, first, tl.minimum(first + BT, T)
+    else:
+        lo = 0
+        hi = N
+        while lo < hi:
+            mid = (lo + hi + 1) // 2
+            if tl.load(cu_seqlens + mid).to(tl.int32) // BT + mid <= i_s:
+                lo = mid
+            else:
+                hi = mid - 1
+        bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
+        first = bos + (i_s - bos // BT - lo) * BT
+        return tl.zeros([], tl.int64), lo < N, first, tl.minimum(first + BT, eos)
+
+
+@jit(do_not_specialize=['N', 'T'])
+def chunk_gates_kernel(
+    g,  # [B, T, H], any strides
+    c,  # [1 or 2, B, H, T]
+    cu_seqlens,  # [N + 1] or None
+    N, T,
+    g_b, g_t, g_h,
+    part,  # B * H * T where c has two parts
+    H: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+):
+    """Running sums of the gates, in units of log 2, of BH heads over one chunk."""
+    i_s, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, _, first, end = block_bounds(cu_seqlens, i_s, N, T, BT)
+    o_t = first + tl.arange(0, BT)
+    o_h = i_h * BH + tl.arange(0, BH)
+    mask = (o_t < end)[:, None] & (o_h < H)[None, :]
+    o_t = o_t.to(tl.int64)
+
+    b_g = tl.load(g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    b_g = tl.where(b_g < RESET, RESET, b_g)  # not tl.maximum: NaN stays NaN
+    whole = tl.floor(b_g + 0.5)
+    fraction = tl.cumsum(b_g - whole, 0)
+    whole = tl.cumsum(whole, 0)
+    p_c = c + (i_b * H + o_h[None, :]) * T + o_t[:, None]
+    if TWO_PARTS:
+        carry = tl.floor(fraction + 0.5)
+        tl.store(p_c, whole + carry, mask=mask)
+        tl.store(p_c + part, fraction - carry, mask=mask)
+    else:
+        tl.store(p_c, whole + fraction, mask=mask)
+
+
+def chunk_gates(g: torch.Tensor, chunk_size: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """`[1, B, H, T]` running sums of `g [B, T, H]` within chunks, or `[2, B, H, T]`: whole numbers and fractions."""
+    B, T, H = g.shape
+    c = torch.empty(1 + two_parts, B, H, T, dtype=torch.float32, device=g.device)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    blocks = B * triton.cdiv(T, chunk_size) if cu_seqlens is None else T // chunk_size + N
+    if blocks:
+        BH = min(16, triton.next_power_of_2(H))
+        chunk_gates_kernel[(blocks, triton.cdiv(H, BH))](
+            g, c, cu_seqlens, N, T, *g.stride(), B * H * T, H=H, BT=chunk_size, BH=BH, TWO_PARTS=two_parts, num_warps=4,
+        )
+    return c
+
+
+@jit(do_not_specialize=['N', 'T'])
+def gate_gradient_kernel(
+    g, dg,  # [B, T, H], any strides; [B, T, H]
+    w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
+    s_ds,  # [NK, slots, H]: <S, dS> after each anchor block
+    cu_seqlens,  # [N + 1] or None
+    N, T,
+    g_b, g_t, g_h,
+    part,  # B * H * T
+    slots,
+    NK: tl.constexpr,
+    H: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """dg of BH heads over one anchor block."""
+    i_s, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, is_sequence, first, end = block_bounds(cu_seqlens, i_s, N, T, BT)
+    o_t = first + tl.arange(0, BT)
+    o_h = i_h * BH + tl.arange(0, BH)
+    m_h = o_h < H
+    mask = (o_t < end)[:, None] & m_h[None, :]
+    read = mask & is_sequence
+    o_t = o_t.to(tl.int64)
+
+    o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
+    o_s = i_s.to(tl.int64) * H + o_h
+    b_w = tl.zeros([BT, BH], tl.float32)
+    b_s = tl.zeros([BH], tl.float32)
+    for _ in tl.static_range(NK):
+        b_w += tl.load(w + o_w, mask=read, other=0.0) - tl.load(z + o_w, mask=read, other=0.0)
+        b_s += tl.load(s_ds + o_s, mask=m_h & is_sequence & (first < end), other=0.0)
+        o_w += part
+        o_s += slots * H
+    b_dg = tl.cumsum(b_w, 0, reverse=True) + b_s[None, :]
+    b_g = tl.load(g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32)
+    # nothing crosses a reset: what is left of the sums there is their rounding
+    b_dg = tl.where(b_g * LOG2E < UNDERFLOW, 0.0, b_dg)
+    tl.store(dg + (i_b * T + o_t[:, None]) * H + o_h[None, :], b_dg, mask=mask)
+
+
+def anchor_slots(T: int, B: int, cu_seqlens: torch.Tensor | None) -> int:
+    return B * triton.cdiv(T, ANCHOR) if cu_seqlens is None else T // ANCHOR + cu_seqlens.shape[0]
+
+
+def gate_gradient(g, w, z, s_ds, cu_seqlens) -> torch.Tensor:
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `s_ds [NK, slots, H]`."""
+    B, T, H = g.shape
+    dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
+    NK, slots = s_ds.shape[:2]
+    if slots and dg.numel():
+        BH = min(8, triton.next_power_of_2(H))
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        gate_gradient_kernel[(slots, triton.cdiv(H, BH))](
+            g, dg, w, z, s_ds, cu_seqlens, N, T, *g.stride(), B * H * T, slots,
+            NK=NK, H=H, BT=ANCHOR, BH=BH, num_warps=4,
+        )
+    return dg

@@ -1,0 +1,110 @@
+"""What every mode asks of its arguments, checked on the host from shapes, dtypes and devices alone: nothing synchronises."""
+
+from numbers import Real
+
+import torch
+
+MAX_DIM = 512
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    g_gamma: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    state_v_first: bool = False,
+) -> float:
+    """Raise a `TypeError` or `ValueError` that names the argument, what it got and what it needs; return the scale."""
+    for name, x in (('q', q), ('k', k), ('v', v)):
+        _check_tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(f'{name} must have 4 dimensions [B, T, H, D], got shape {_shape(x)}')
+        _check_device(name, x, q)
+    for name, x in (('k', k), ('v', v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if q.dtype not in FLOATS and not (q.dtype == torch.float64 and q.device.type == 'cpu'):
+        raise TypeError(f'q must be bfloat16, float16 or float32 (on the CPU float64 too), got {q.dtype}')
+    B, T, HK, K = q.shape
+    H, V = v.shape[2:]
+    if k.shape != q.shape:
+        raise ValueError(f"k must have q's shape {_shape(q)}, got {_shape(k)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v must have q's batch and length {(B, T)}, got shape {_shape(v)}")
+    if HK == 0 or H == 0 or H % HK:
+        raise ValueError(f"v must have a multiple of q's {HK} heads, at least one, got {H}")
+    for name, dim in (('q', K), ('v', V)):
+        if not 1 <= dim <= MAX_DIM:
+            raise ValueError(f'the head dimension of {name} must be 1 to {MAX_DIM}, got {dim}')
+
+    if g is not None and g_gamma is not None:
+        raise ValueError('g and g_gamma are both given: pass one of them, or neither')
+    if g is not None:
+        _check_tensor('g', g)
+        if g.shape != (B, T, H):
+            raise ValueError(f'g must have shape [B, T, H] = {[B, T, H]}, got {_shape(g)}')
+        _check_device('g', g, q)
+    if g_gamma is not None:
+        _check_tensor('g_gamma', g_gamma)
+        if g_gamma.shape != (H,):
+            raise ValueError(f'g_gamma must have shape [H] = {[H]}, got {_shape(g_gamma)}')
+        _check_device('g_gamma', g_gamma, q)
+
+    N = B
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q)
+        N = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _check_tensor('initial_state', initial_state)
+        shape, meaning = ([N, H, V, K], '[N, H, V, K]') if state_v_first else ([N, H, K, V], '[N, H, K, V]')
+        if _shape(initial_state) != shape:
+            raise ValueError(f'initial_state must have shape {meaning} = {shape}, got {_shape(initial_state)}')
+        _check_device('initial_state', initial_state, q)
+
+    if scale is None:
+        return K ** -0.5
+    if not isinstance(scale, Real):
+        raise TypeError(f'scale must be a number or None, got {type(scale).__name__}')
+    return float(scale)
+
+
+def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else 'cpu'
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+
+
+def _check_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
+    if not x.is_floating_point():
+        raise TypeError(f'{name} must be a floating-point tensor, got {x.dtype}')
+
+
+def _check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f'cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}')
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f'cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}')
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f'cu_seqlens must have shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}')
+    if q.shape[0] != 1:
+        raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
+    _check_device('cu_seqlens', cu_seqlens, q)
+
+
+def _shape(x: torch.Tensor) -> list[int]:
+    return list(x.shape)

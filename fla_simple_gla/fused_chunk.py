@@ -1,0 +1,383 @@
+"""Simple GLA in one sweep over each sequence, in chunks: the state never leaves the registers.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T
+    o_t = scale * S_t^T q_t
+
+A program owns one head of one sequence and a tile of V columns, and walks the chunks in order. With c the running sum of the gates
+in a chunk of C tokens and S the state before it:
+
+    o_i = scale * (sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i)
+    S'  = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
+
+The gradients are three more sweeps by the same kernel, with other tensors in the roles of q, k and v:
+
+    role     q    k    v     state                out
+    forward  q    k    v     S    [K, V]          o
+    dq       do   v    k     S^T  [V, K]          dq
+    dk       v    do   q     dS^T [V, K], back    dk
+    dv       k    q    do    dS   [K, V], back    dv
+
+A sweep back in time starts from the gradient of the final state and leaves that of the initial one. The state there is
+dS = sum scale * q do^T: the scale is part of it, while the forward state has none.
+
+For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, and <S, dS> every few chunks
+(`_gates.py` says why and how they add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a
+chunk, and both sweeps round the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._gates import ANCHOR, LOG2E, anchor_slots, chunk_gates, gate_gradient, sequence_bounds
+from ._triton import INTERPRET, jit, runs_kernels, scratch, tl, triton
+from ._validation import check_inputs, under_autocast
+from .naive import naive_chunk_simple_gla
+
+
+@jit
+def open_rows(p, stride, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """What `load_rows` and `store_rows` need of L rows of D numbers at p: a descriptor, or the pointer itself."""
+    if TMA:
+        return tl.make_tensor_descriptor(p, [tl.maximum(L, 1), D], [stride, 1], [BT, BD])
+    else:
+        return p
+
+
+@jit
+def load_rows(rows, stride, L, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows i_t to i_t + BT, columns i_d to i_d + BD; zero outside."""
+    if TMA:
+        return rows.load([i_t, i_d])
+    else:
+        o_t = i_t + tl.arange(0, BT)
+        o_d = i_d + tl.arange(0, BD)
+        return tl.load(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=(o_t < L)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@jit
+def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        rows.store([i_t, i_d], x)
+    else:
+        o_t = i_t + tl.arange(0, BT)
+        o_d = i_d + tl.arange(0, BD)
+        tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'scale'])
+def sweep_kernel(
+    q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
+    v,  # [B, T, H // GV, V], likewise
+    c,  # [1 or 2, B, H, T]: running sums of the gates, or None
+    state_in,  # [N, H, K, V], any strides, or None
+    o,  # [B, T, H, V]
+    state_out,  # [N, H, K, V], any strides, or None
+    x,  # [B, T, H // GV, V], or None
+    x_o,  # [NV, B, H, T]: rows x . o, summed over the V tile
+    anchors,  # [slots, H, K, V]: written by the sweep forward in time, read by the one back
+    s_ds,  # [NV, slots, H]: <anchor, state>, summed over the V tile
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    N, T,
+    q_b, q_t, q_h,
+    k_b, k_t, k_h,
+    v_b, v_t, v_h,
+    x_b, x_t, x_h,
+    i_n_, i_h_, i_k_, i_v_,
+    o_n_, o_h_, o_k_, o_v_,
+    part,  # B * H * T
+    slots,
+    H: tl.constexpr,
+    GQ: tl.constexpr,
+    GV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BA: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """o and the last state of one head of one sequence, in BV columns of V."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = tl.program_id(0) // NV % H
+    i_n = tl.program_id(0) // (NV * H)
+    if cu_seqlens is None:
+        i_b = i_n.to(tl.int64)
+        first = 0
+        L = T
+        slot = i_n * tl.cdiv(T, BA)
+    else:
+        i_b = tl.zeros([], tl.int64)
+        first, end = sequence_bounds(cu_seqlens, i_n, N, T)
+        L = end - first
+        slot = first // BA + i_n
+    NT = tl.cdiv(L, BT)
+
+    r = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    before = (r[:, None] <= r[None, :]) if REVERSE else (r[:, None] >= r[None, :])
+    first = first.to(tl.int64) if cu_seqlens is not None else i_b * 0
+
+    r_o = open_rows(o + ((i_b * T + first) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
+    if cu_seqlens is not None:
+        # the tokens behind the last sequence
+        if i_n == N:
+            for i_t in range(NT):
+                store_rows(r_o, H * V, L, i_t * BT, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
+            return
+
+    r_q = open_rows(q + i_b * q_b + first * q_t + i_h // GQ * q_h, q_t, L, K, BT, BK, TMA)
+    r_k = open_rows(k + i_b * k_b + first * k_t + i_h // GQ * k_h, k_t, L, K, BT, BK, TMA)
+    r_v = open_rows(v + i_b * v_b + first * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
+    if x is not None:
+        r_x = open_rows(x + i_b * x_b + first * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
+        x_o += i_v.to(tl.int64) * part + (i_b * H + i_h) * T + first
+        anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        if REVERSE:
+            s_ds += (i_v.to(tl.int64) * slots + slot) * H + i_h
+    if c is not None:
+        c += (i_b * H + i_h) * T + first
+
+    if state_in is not None:
+        p_s = state_in + i_n.to(tl.int64) * i_n_ + i_h * i_h_ + o_k[:, None] * i_k_ + o_v[None, :] * i_v_
+        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+    else:
+        b_s = tl.zeros([BK, BV], tl.float32)
+
+    for i in tl.range(0, NT, num_stages=STAGES):
+        i_c = NT - 1 - i if REVERSE else i
+        i_t = i_c * BT
+        b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA)
+        b_k = load_rows(r_k, k_t, L, i_t, 0, K, BT, BK, TMA)
+        b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+
+        if REVERSE and x is not None:
+            if (i_c + 1) % (BA // BT) == 0 or i == 0:
+                i_a = (i_t // BA).to(tl.int64)
+                b_a = tl.load(anchors + i_a * (H * K * V), mask=m_s, other=0.0).to(tl.float32)
+                tl.store(s_ds + i_a * H, tl.sum(b_a * b_s))
+
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION)
+        if c is not None:
+            # rows past the end repeat the last token's sum, so that every decay stays finite
+            last = tl.minimum(BT, L - i_t) - 1
+            o_c = i_t + tl.minimum(r, last)
+            b_c = tl.load(c + o_c)
+            c_last = tl.load(c + i_t + last)
+            d = b_c[None, :] - b_c[:, None] if REVERSE else b_c[:, None] - b_c[None, :]
+            to_end = c_last - b_c
+            if TWO_PARTS:
+                b_f = tl.load(c + part + o_c)
+                f_last = tl.load(c + part + i_t + last)
+                d += b_f[None, :] - b_f[:, None] if REVERSE else b_f[:, None] - b_f[None, :]
+                to_end += f_last - b_f
+                b_c += b_f
+                c_last += f_last
+            b_p *= tl.exp2(tl.where(before, d, float('-inf'))) * scale
+            from_start = tl.exp2(b_c)
+            to_end = tl.exp2(to_end)
+            if REVERSE:
+                b_o *= to_end[:, None]
+                b_d = (b_v * (from_start * scale)[:, None]).to(b_v.dtype)
+            else:
+                b_o *= (from_start * scale)[:, None]
+                b_d = (b_v * to_end[:, None]).to(b_v.dtype)
+            b_s *= tl.exp2(c_last)
+        else:
+            b_p = tl.where(before, b_p * scale, 0.0)
+            if REVERSE:
+                b_d = (b_v * scale).to(b_v.dtype)
+            else:
+                b_o *= scale
+                b_d = b_v
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+        store_rows(r_o, H * V, L, i_t, i_v * BV, b_o.to(o.dtype.element_ty), V, BT, BV, TMA)
+        if x is not None:
+            b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+            tl.store(x_o + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
+        b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
+
+        if not REVERSE and x is not None:
+            if (i_c + 1) % (BA // BT) == 0 or i == NT - 1:
+                p_a = anchors + (i_t // BA).to(tl.int64) * (H * K * V)
+                tl.store(p_a, b_s.to(anchors.dtype.element_ty), mask=m_s)
+
+    if state_out is not None:
+        p_s = state_out + i_n.to(tl.int64) * o_n_ + i_h * o_h_ + o_k[:, None] * o_k_ + o_v[None, :] * o_v_
+        tl.store(p_s, b_s, mask=m_s)
+
+
+
+class Config(NamedTuple):
+    """How a sweep is cut: BV columns of V in a program, `warps` to it, loads `stages` chunks deep, by TMA where it can."""
+
+    BV: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+def chunk_size(K: int, V: int, dtype: torch.dtype) -> int:
+    """Tokens in a chunk: one number for all four sweeps, whose gates are summed once."""
+    if dtype == torch.float32:
+        return 16 if max(K, V) > 256 else 32
+    return 32 if max(K, V) > 256 else 64
+
+
+@functools.cache
+def sweep_config(K: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Configuration of a sweep whose state has K rows."""
+    tma = not INTERPRET and device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    BV = 64 if K <= 128 else 32
+    return Config(BV, 4, 2, tma)
+
+
+def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
+    """One sweep: `o`, and with x also rows `x . o [NV, B, H, T]` and, back in time, `<anchor, state> [NV, slots, H]`.
+
+    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
+    """
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    config = sweep_config(K, q.dtype, q.device)
+    BV = min(config.BV, max(16, triton.next_power_of_2(V)))
+    NV = triton.cdiv(V, BV)
+    x_o = s_ds = None
+    slots = 0
+    if x is not None:
+        slots = anchors.shape[0]
+        x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        if reverse:
+            s_ds = torch.empty(NV, slots, H, dtype=torch.float32, device=q.device)
+    # with packed sequences one more, the tokens behind them, which gets zeros
+    programs = (N + (cu_seqlens is not None)) * H * NV
+    if programs:
+        tma = config.tma and all(map(_tma_can_read, (q, k, v, o) if x is None else (q, k, v, o, x)))
+        if tma:
+            triton.set_allocator(scratch)
+        sweep_kernel[(programs,)](
+            q, k, v, c, state_in, o, state_out, x, x_o, anchors, s_ds, cu_seqlens,
+            scale, N, T,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
+            *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+            B * H * T, slots,
+            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
+            BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
+            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2,
+            TMA=tma, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+        )
+    return o, x_o, s_ds
+
+
+def _tma_can_read(x: torch.Tensor) -> bool:
+    """Whether a tensor's rows are aligned to the 16 bytes that the tensor memory accelerator asks for."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+class FusedChunk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+        q, k, v = map(rows_in_place, (q, k, v))
+        K, (H, V) = q.shape[-1], v.shape[2:]
+        BT = chunk_size(K, V, q.dtype)
+        precision = fp32_precision(q.dtype)
+        c = None if g is None else chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+        final_state = None
+        if output_final_state:
+            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            final_state = q.new_empty(N, H, K, V, dtype=torch.float32)
+        o, _, _ = sweep(q, k, v, c, scale, cu_seqlens, BT, precision, state_in=initial_state, state_out=final_state)
+        ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
+        ctx.scale, ctx.BT, ctx.precision = scale, BT, precision
+        ctx.set_materialize_grads(False)
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dht):
+        q, k, v, g, c, initial_state, cu_seqlens = ctx.saved_tensors
+        need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
+        do = torch.zeros_like(v) if do is None else rows_in_place(do)
+        run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, BT=ctx.BT, precision=ctx.precision)
+        h0_T = None if initial_state is None else initial_state.mT
+        dht_T = None if dht is None else dht.mT
+
+        anchors = None
+        dq = dk = dv = dg = dh0 = None
+        if need_g:
+            B, T, H, V = v.shape
+            anchors = q.new_empty(anchor_slots(T, B, cu_seqlens), H, V, q.shape[-1])
+        if need_q or need_g:
+            dq, w, _ = run(do, v, k, state_in=h0_T, x=q if need_g else None, anchors=anchors)
+        if need_k or need_g:
+            dk, z, s_ds = run(v, do, q, state_in=dht_T, x=k if need_g else None, anchors=anchors, reverse=True)
+            anchors = None
+        if need_g:
+            dg = gate_gradient(g, w, z, s_ds, cu_seqlens)
+        if need_h0:
+            dh0 = torch.empty_like(initial_state)
+        if need_v or need_h0:
+            dv, _, _ = run(k, q, do, state_in=dht, state_out=dh0, reverse=True)
+        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
+
+
+def rows_in_place(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous, whatever the others are; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fp32_precision(dtype: torch.dtype) -> str | None:
+    """How fp32 products are computed: to fp32 accuracy, or in tf32 where the user has allowed it in PyTorch."""
+    if dtype != torch.float32:
+        return None
+    if torch.get_float32_matmul_precision() != 'highest':
+        return 'tf32'
+    return 'ieee' if torch.version.hip else 'tf32x3'
+
+
+def sum_heads(dx: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of x from those of its heads' copies."""
+    if dx is None or dx.shape == x.shape:
+        return dx
+    return dx.view(*x.shape[:3], -1, x.shape[3]).sum(3)
+
+
+def fused_chunk_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    g_gamma: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    state_v_first: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q, k, v = under_autocast(q, k, v)
+    scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    h0 = initial_state.mT if state_v_first and initial_state is not None else initial_state
+    if runs_kernels(q):
+        if g_gamma is not None:
+            g = g_gamma.expand(v.shape[:3])
+        o, ht = FusedChunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
+    else:
+        o, ht = naive_chunk_simple_gla(
+            q, k, v, g, h0, output_final_state, scale=scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
+        )
+    return o, ht.mT if state_v_first and ht is not None else ht

@@ -1,0 +1,165 @@
+"""Simple Gated Linear Attention in plain PyTorch: the specification the kernels are checked against.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T          S: [K, V]
+    o_t = scale * S_t^T q_t
+
+The same function three times: token by token, chunk by chunk, and as one decay-masked attention
+map. Everything is computed in fp32, or in fp64 for fp64 inputs, and is differentiable by autograd.
+
+No form divides by a decay or subtracts two sums of gates: every decay is the exponential of the sum
+of just the gates between two tokens. So `g = -inf` is an exact reset, in the gradients too.
+"""
+
+import torch
+from einops import rearrange, repeat
+
+
+def naive_recurrent_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = True,
+    *,
+    g_gamma: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token by token: `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale * S_t^T q_t`.
+
+    Args:
+        q, k: `[B, T, HK, K]`; head `h` of v reads head `h // (H // HK)` of q and k.
+        v: `[B, T, H, V]`.
+        g: log decay per token and head, natural logarithm, `[B, T, H]`.
+        scale: defaults to `K ** -0.5`.
+        initial_state: `[N, H, K, V]`, N the number of sequences (B without `cu_seqlens`). Default: zeros.
+        output_final_state: whether to return the final state.
+        g_gamma: log decay per head, `[H]`, in place of `g`. With neither, nothing decays.
+        cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one.
+        reverse: walk each sequence from its last token to its first.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the final state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs) or None.
+    """
+
+    def recurrence(q, k, v, g, S):
+        steps = range(q.shape[2])
+        o = [None] * len(steps)
+        for t in reversed(steps) if reverse else steps:
+            S = S * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
+            o[t] = torch.einsum('bhk,bhkv->bhv', q[:, :, t], S)
+        return torch.stack(o, 2), S
+
+    return _by_sequence(recurrence, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def naive_chunk_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    *,
+    g_gamma: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Chunk by chunk: within a chunk the parallel form, between chunks the state.
+
+    With `D_ij = exp(g_{j+1} + ... + g_i)` inside a chunk that starts after state S:
+
+        o_i = scale * (sum_{j<=i} D_ij (q_i . k_j) v_j + exp(g_1 + ... + g_i) S^T q_i)
+
+    Arguments and results are those of `naive_recurrent_simple_gla`; `chunk_size` is the number of tokens in a chunk.
+    """
+
+    def chunks(q, k, v, g, S):
+        o = []
+        for q, k, v, g in zip(*(x.split(chunk_size, 2) for x in (q, k, v, g))):
+            decay = _decay_mask(g)
+            # exp(g_1 + ... + g_i) is what the first row leaves of token 0, times token 0's own gate
+            from_start = decay[..., :, 0] * g[..., :1].exp()
+            inter = from_start[..., None] * (q @ S)
+            o.append((q @ k.mT * decay) @ v + inter)
+            S = from_start[..., -1, None, None] * S + (k * decay[..., -1, :, None]).mT @ v
+        return torch.cat(o, 2), S
+
+    return _by_sequence(chunks, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def naive_parallel_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    *,
+    g_gamma: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As attention without a softmax: `o = A v`, `A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)` for j <= i.
+
+    Arguments are those of `naive_recurrent_simple_gla`. Returns o and A `[B, H, T, T]`, which is zero between
+    tokens of different sequences; A is in fp32 (fp64 for fp64 inputs).
+    """
+    T = q.shape[1]
+    maps = []
+
+    def attention(q, k, v, g, S):
+        A = q @ k.mT * _decay_mask(g)
+        maps.append(A)
+        return A @ v, S
+
+    o, _ = _by_sequence(attention, q, k, v, g, g_gamma, scale, None, False, cu_seqlens)
+    if cu_seqlens is None and maps:
+        return o, maps[0]
+    A = q.new_zeros(q.shape[0], v.shape[2], T, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    bounds = [] if cu_seqlens is None else cu_seqlens.tolist()
+    starts = [start for start, end in zip(bounds, bounds[1:]) if end > start]
+    for A_n, start in zip(maps, starts):
+        end = start + A_n.shape[-1]
+        A[:, :, start:end, start:end] = A_n
+    return o, A
+
+
+def _decay_mask(g: torch.Tensor) -> torch.Tensor:
+    """`D_ij = exp(g_{j+1} + ... + g_i)` for j <= i, else 0: `[..., T]` -> `[..., T, T]`."""
+    T = g.shape[-1]
+    ones = torch.ones(T, T, dtype=torch.bool, device=g.device)
+    # column j holds g_i for i > j: its running sum down the rows is the sum of the gates after j, with no difference taken
+    gates = repeat(g, '... i -> ... i j', j=T).masked_fill(~ones.tril(-1), 0)
+    return gates.cumsum(-2).masked_fill(~ones.tril(), -torch.inf).exp()
+
+
+def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
+    """Run `form(q, k, v, g, S) -> o, S` on head-first tensors, one packed sequence at a time."""
+    (B, T, HK, K), (H, V), dtype = q.shape, v.shape[2:], q.dtype
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    if g is not None and g_gamma is not None:
+        raise ValueError('g and g_gamma are both given: pass one of them, or neither')
+    if g is None:
+        g = v.new_zeros(B, T, H) if g_gamma is None else repeat(g_gamma, 'h -> b t h', b=B, t=T)
+    q, k = (repeat(x.to(precise), 'b t h d -> b (h n) t d', n=H // HK) for x in (q, k))
+    v, g = rearrange(v.to(precise), 'b t h d -> b h t d'), rearrange(g.to(precise), 'b t h -> b h t')
+    q = q * (K ** -0.5 if scale is None else scale)
+
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    N = B if bounds is None else len(bounds) - 1
+    S = v.new_zeros(N, H, K, V) if initial_state is None else initial_state.to(precise)
+    if bounds is None:
+        o, S = form(q, k, v, g, S) if T else (v, S)
+    else:
+        outputs, states = [], []
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            q_n, k_n, v_n, g_n = (x[:, :, start:end] for x in (q, k, v, g))
+            o_n, S_n = form(q_n, k_n, v_n, g_n, S[n:n + 1]) if end > start else (v_n, S[n:n + 1])
+            outputs.append(o_n)
+            states.append(S_n)
+        # tokens after the last sequence belong to none
+        o = torch.cat([*outputs, v.new_zeros(1, H, T - bounds[-1], V)], 2)
+        S = torch.cat(states)
+    return rearrange(o, 'b h t d -> b t h d').to(dtype), S if output_final_state else None
