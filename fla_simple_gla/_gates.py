@@ -6,18 +6,25 @@ beside it must keep their accuracy. So a gate is cut off at -256, whose decay is
 taken in two parts, of whole numbers, which fp32 adds exactly, and of fractions. Where 16-bit inputs bound the accuracy
 anyway the parts are added and stored as one number; fp32 inputs get both, and subtract them part by part.
 
-**Gradient.** With `w_t = q_t . dq_t` and `z_t = k_t . dk_t`,
+**Gradient.** With `w_t = q_t . dq_t` and `z_t = k_t . dk_t`, and e any token from t on,
 
     dg_t = <S_e, dS_e> + sum_{s=t..e} (w_s - z_s)
 
-for any e >= t. The sum telescopes: rounding noise in w and z adds up while its value does not, so e must not be far away. The
-sweep for dq leaves S at every `ANCHOR` tokens, the one for dk multiplies it by the dS it holds, and the kernel below sums
-from there.
+The sum telescopes: rounding noise in w and z adds up while its value does not. What keeps dg accurate:
+
+- The sum stays inside a chunk: e is its last token, and `<S_e, dS_e> = sum z_inter + crossing`. z_inter is the part of z that comes
+  from dS_e, and cancels in the sum term by term; `crossing = exp(g_1 + ... + g_e) <S_0, dS_e>` is what goes from before the chunk to
+  behind it. No large numbers are left to cancel, however fast the gates decay.
+- The sweep for dq leaves S before the last chunk of every `ANCHOR` tokens, and the one for dk multiplies it by the dS it holds
+  behind the chunk. The chunks before that one continue the sum, and take the crossing to be what remains of it, or zero
+  where the chunk's decay is below the noise of such a difference.
 
 **Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries are on the
 device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
 a bound the host knows. Some slots stay empty. The tokens behind the last sequence count as one more.
 """
+
+import math
 
 import torch
 
@@ -64,14 +71,19 @@ def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
         return tl.zeros([], tl.int64), lo < N, first, tl.minimum(first + BT, eos)
 
 
-@jit(do_not_specialize=['N', 'T'])
+def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Blocks of BT tokens in a batch, or a bound on them, the tokens behind the last sequence included."""
+    return B * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0]
+
+
+@jit(do_not_specialize=['N', 'T', 'part'])
 def chunk_gates_kernel(
     g,  # [B, T, H], any strides
-    c,  # [1 or 2, B, H, T]
+    c,  # [1 or 2, slots, H, BT]
     cu_seqlens,  # [N + 1] or None
     N, T,
     g_b, g_t, g_h,
-    part,  # B * H * T where c has two parts
+    part,  # slots * H * BT
     H: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
@@ -90,84 +102,110 @@ def chunk_gates_kernel(
     whole = tl.floor(b_g + 0.5)
     fraction = tl.cumsum(b_g - whole, 0)
     whole = tl.cumsum(whole, 0)
-    p_c = c + (i_b * H + o_h[None, :]) * T + o_t[:, None]
+    # the whole slot: behind a sequence's end the sums go on with gates of zero, and every decay there is finite
+    p_c = c + (i_s.to(tl.int64) * H + o_h[None, :]) * BT + tl.arange(0, BT)[:, None]
+    m_c = (o_h < H)[None, :]
     if TWO_PARTS:
         carry = tl.floor(fraction + 0.5)
-        tl.store(p_c, whole + carry, mask=mask)
-        tl.store(p_c + part, fraction - carry, mask=mask)
+        tl.store(p_c, whole + carry, mask=m_c)
+        tl.store(p_c + part, fraction - carry, mask=m_c)
     else:
-        tl.store(p_c, whole + fraction, mask=mask)
+        tl.store(p_c, whole + fraction, mask=m_c)
 
 
-def chunk_gates(g: torch.Tensor, chunk_size: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """`[1, B, H, T]` running sums of `g [B, T, H]` within chunks, or `[2, B, H, T]`: whole numbers and fractions."""
+def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Running sums of `g [B, T, H]` within chunks of BT: `[1, slots, H, BT]`, or `[2, slots, H, BT]`, whole numbers and fractions."""
     B, T, H = g.shape
-    c = torch.empty(1 + two_parts, B, H, T, dtype=torch.float32, device=g.device)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    blocks = B * triton.cdiv(T, chunk_size) if cu_seqlens is None else T // chunk_size + N
-    if blocks:
+    slots = count_slots(B, T, BT, cu_seqlens)
+    c = torch.empty(1 + two_parts, slots, H, BT, dtype=torch.float32, device=g.device)
+    if slots:
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         BH = min(16, triton.next_power_of_2(H))
-        chunk_gates_kernel[(blocks, triton.cdiv(H, BH))](
-            g, c, cu_seqlens, N, T, *g.stride(), B * H * T, H=H, BT=chunk_size, BH=BH, TWO_PARTS=two_parts, num_warps=4,
+        chunk_gates_kernel[(slots, triton.cdiv(H, BH))](
+            g, c, cu_seqlens, N, T, *g.stride(), c[0].numel(), H=H, BT=BT, BH=BH, TWO_PARTS=two_parts, num_warps=4,
         )
     return c
 
 
-@jit(do_not_specialize=['N', 'T'])
+@jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'slots'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
-    s_ds,  # [NK, slots, H]: <S, dS> after each anchor block
+    z_inter,  # [NK, B, H, T]: what of z comes from the gradient of the state behind the chunk
+    s_ds,  # [NK, slots, H]: <S before, dS behind> the last chunk of each anchor block
     cu_seqlens,  # [N + 1] or None
     N, T,
+    negligible,  # the decay of a chunk, in units of log 2, from which on nothing crosses it
     g_b, g_t, g_h,
     part,  # B * H * T
     slots,
     NK: tl.constexpr,
     H: tl.constexpr,
+    BA: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dg of BH heads over one anchor block."""
+    """dg of BH heads over one anchor block, from its last chunk to its first."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, is_sequence, first, end = block_bounds(cu_seqlens, i_s, N, T, BT)
-    o_t = first + tl.arange(0, BT)
+    i_b, is_sequence, first, end = block_bounds(cu_seqlens, i_s, N, T, BA)
     o_h = i_h * BH + tl.arange(0, BH)
     m_h = o_h < H
-    mask = (o_t < end)[:, None] & m_h[None, :]
-    read = mask & is_sequence
-    o_t = o_t.to(tl.int64)
 
-    o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
     o_s = i_s.to(tl.int64) * H + o_h
-    b_w = tl.zeros([BT, BH], tl.float32)
+    b_anchor = tl.zeros([BH], tl.float32)
+    for i_k in tl.static_range(NK):
+        b_anchor += tl.load(s_ds + i_k * slots * H + o_s, mask=m_h & is_sequence & (first < end), other=0.0)
+
     b_s = tl.zeros([BH], tl.float32)
-    for _ in tl.static_range(NK):
-        b_w += tl.load(w + o_w, mask=read, other=0.0) - tl.load(z + o_w, mask=read, other=0.0)
-        b_s += tl.load(s_ds + o_s, mask=m_h & is_sequence & (first < end), other=0.0)
-        o_w += part
-        o_s += slots * H
-    b_dg = tl.cumsum(b_w, 0, reverse=True) + b_s[None, :]
-    b_g = tl.load(g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32)
-    # nothing crosses a reset: what is left of the sums there is their rounding
-    b_dg = tl.where(b_g * LOG2E < UNDERFLOW, 0.0, b_dg)
-    tl.store(dg + (i_b * T + o_t[:, None]) * H + o_h[None, :], b_dg, mask=mask)
+    for i in tl.static_range(BA // BT):
+        i_t = first + BA - (i + 1) * BT
+        o_t = (i_t + tl.arange(0, BT)).to(tl.int64)
+        mask = (o_t < end)[:, None] & m_h[None, :]
+        read = mask & is_sequence
+        p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h
+        b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
+        b_w = tl.zeros([BT, BH], tl.float32)
+        b_z = tl.zeros([BT, BH], tl.float32)
+        for _ in tl.static_range(NK):
+            b_w += tl.load(w + o_w, mask=read, other=0.0) - tl.load(z + o_w, mask=read, other=0.0)
+            b_z += tl.load(z_inter + o_w, mask=read, other=0.0)
+            o_w += part
+        decay = tl.sum(b_g, 0)
+        z_sum = tl.sum(b_z, 0)
+        is_last = (i_t < end) & (i_t + BT >= tl.minimum(end, first + BA))
+        crossing = tl.where(is_last, b_anchor * tl.exp2(decay), tl.where(decay < negligible, 0.0, b_s - z_sum))
+        b_s = crossing + z_sum
+        # nothing crosses a reset: what is left of the sums there is their rounding
+        b_dg = tl.where(b_g < UNDERFLOW, 0.0, tl.cumsum(b_w, 0, reverse=True) + b_s[None, :])
+        tl.store(dg + (i_b * T + o_t[:, None]) * H + o_h[None, :], b_dg, mask=mask)
+        b_s += tl.sum(b_w, 0)
 
 
-def anchor_slots(T: int, B: int, cu_seqlens: torch.Tensor | None) -> int:
-    return B * triton.cdiv(T, ANCHOR) if cu_seqlens is None else T // ANCHOR + cu_seqlens.shape[0]
+def gate_gradient(
+    g: torch.Tensor,
+    w: torch.Tensor,
+    z: torch.Tensor,
+    z_inter: torch.Tensor,
+    s_ds: torch.Tensor,
+    BT: int,
+    dtype: torch.dtype,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """`dg [B, T, H]`, in g's dtype, from `w, z, z_inter [NK, B, H, T]` and `s_ds [NK, slots, H]`.
 
-
-def gate_gradient(g, w, z, s_ds, cu_seqlens) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `s_ds [NK, slots, H]`."""
+    BT is the size of the chunks, and dtype that of the products they were computed in.
+    """
     B, T, H = g.shape
     dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
     NK, slots = s_ds.shape[:2]
-    if slots and dg.numel():
+    if slots:
         BH = min(8, triton.next_power_of_2(H))
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        # the noise of <S, dS> - sum z_inter is about an eighth of the unit roundoff
+        negligible = math.log2(torch.finfo(dtype).eps) - 3
         gate_gradient_kernel[(slots, triton.cdiv(H, BH))](
-            g, dg, w, z, s_ds, cu_seqlens, N, T, *g.stride(), B * H * T, slots,
-            NK=NK, H=H, BT=ANCHOR, BH=BH, num_warps=4,
+            g, dg, w, z, z_inter, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, slots,
+            NK=NK, H=H, BA=ANCHOR, BT=BT, BH=BH, num_warps=4,
         )
     return dg

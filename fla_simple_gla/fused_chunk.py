@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._gates import ANCHOR, LOG2E, anchor_slots, chunk_gates, gate_gradient, sequence_bounds
+from ._gates import ANCHOR, LOG2E, chunk_gates, count_slots, gate_gradient, sequence_bounds
 from ._triton import INTERPRET, jit, runs_kernels, scratch, tl, triton
 from ._validation import check_inputs, under_autocast
 from .naive import naive_chunk_simple_gla
@@ -67,18 +67,19 @@ def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, 
         tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'slots', 'scale'])
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
-    c,  # [1 or 2, B, H, T]: running sums of the gates, or None
+    c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
     state_in,  # [N, H, K, V], any strides, or None
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
-    x_o,  # [NV, B, H, T]: rows x . o, summed over the V tile
-    anchors,  # [slots, H, K, V]: written by the sweep forward in time, read by the one back
-    s_ds,  # [NV, slots, H]: <anchor, state>, summed over the V tile
+    x_o,  # [NV, B, H, T]: rows x . o, over the V tile
+    x_inter,  # [NV, B, H, T]: the same with what of o comes from the carried state, back in time only
+    anchors,  # [slots, H, K, V]: states before the last chunks of anchor blocks, left forward in time and read back in time
+    s_ds,  # [NV, slots, H]: <anchor, state behind the chunk>, over the V tile, back in time only
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -89,6 +90,7 @@ def sweep_kernel(
     i_n_, i_h_, i_k_, i_v_,
     o_n_, o_h_, o_k_, o_v_,
     part,  # B * H * T
+    c_part,  # chunk slots * H * BT
     slots,
     H: tl.constexpr,
     GQ: tl.constexpr,
@@ -114,12 +116,14 @@ def sweep_kernel(
         i_b = i_n.to(tl.int64)
         first = 0
         L = T
-        slot = i_n * tl.cdiv(T, BA)
+        a_slot = i_n * tl.cdiv(T, BA)
+        c_slot = i_n * tl.cdiv(T, BT)
     else:
         i_b = tl.zeros([], tl.int64)
         first, end = sequence_bounds(cu_seqlens, i_n, N, T)
         L = end - first
-        slot = first // BA + i_n
+        a_slot = first // BA + i_n
+        c_slot = first // BT + i_n
     NT = tl.cdiv(L, BT)
 
     r = tl.arange(0, BT)
@@ -142,12 +146,12 @@ def sweep_kernel(
     r_v = open_rows(v + i_b * v_b + first * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
     if x is not None:
         r_x = open_rows(x + i_b * x_b + first * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
-        x_o += i_v.to(tl.int64) * part + (i_b * H + i_h) * T + first
-        anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        o_x = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + first
+        anchors += (a_slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
         if REVERSE:
-            s_ds += (i_v.to(tl.int64) * slots + slot) * H + i_h
+            s_ds += (i_v.to(tl.int64) * slots + a_slot) * H + i_h
     if c is not None:
-        c += (i_b * H + i_h) * T + first
+        c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
         p_s = state_in + i_n.to(tl.int64) * i_n_ + i_h * i_h_ + o_k[:, None] * i_k_ + o_v[None, :] * i_v_
@@ -161,30 +165,33 @@ def sweep_kernel(
         b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA)
         b_k = load_rows(r_k, k_t, L, i_t, 0, K, BT, BK, TMA)
         b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+        b_r = b_s.to(b_q.dtype)
 
-        if REVERSE and x is not None:
-            if (i_c + 1) % (BA // BT) == 0 or i == 0:
+        if x is not None:
+            if (i_c + 1) % (BA // BT) == 0 or i_c == NT - 1:
                 i_a = (i_t // BA).to(tl.int64)
-                b_a = tl.load(anchors + i_a * (H * K * V), mask=m_s, other=0.0).to(tl.float32)
-                tl.store(s_ds + i_a * H, tl.sum(b_a * b_s))
+                p_a = anchors + i_a * (H * K * V)
+                if REVERSE:
+                    b_a = tl.load(p_a, mask=m_s, other=0.0).to(tl.float32)
+                    tl.store(s_ds + i_a * H, tl.sum(b_a * b_s))
+                else:
+                    tl.store(p_a, b_r, mask=m_s)
 
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION)
+        b_o = tl.dot(b_q, b_r, input_precision=PRECISION)
         if c is not None:
-            # rows past the end repeat the last token's sum, so that every decay stays finite
-            last = tl.minimum(BT, L - i_t) - 1
-            o_c = i_t + tl.minimum(r, last)
-            b_c = tl.load(c + o_c)
-            c_last = tl.load(c + i_t + last)
+            p_c = c + i_c.to(tl.int64) * (H * BT)
+            b_c = tl.load(p_c + r)
+            c_end = tl.load(p_c + BT - 1)
             d = b_c[None, :] - b_c[:, None] if REVERSE else b_c[:, None] - b_c[None, :]
-            to_end = c_last - b_c
+            to_end = c_end - b_c
             if TWO_PARTS:
-                b_f = tl.load(c + part + o_c)
-                f_last = tl.load(c + part + i_t + last)
+                b_f = tl.load(p_c + c_part + r)
+                f_end = tl.load(p_c + c_part + BT - 1)
                 d += b_f[None, :] - b_f[:, None] if REVERSE else b_f[:, None] - b_f[None, :]
-                to_end += f_last - b_f
+                to_end += f_end - b_f
                 b_c += b_f
-                c_last += f_last
+                c_end += f_end
             b_p *= tl.exp2(tl.where(before, d, float('-inf'))) * scale
             from_start = tl.exp2(b_c)
             to_end = tl.exp2(to_end)
@@ -194,7 +201,7 @@ def sweep_kernel(
             else:
                 b_o *= (from_start * scale)[:, None]
                 b_d = (b_v * to_end[:, None]).to(b_v.dtype)
-            b_s *= tl.exp2(c_last)
+            b_s *= tl.exp2(c_end)
         else:
             b_p = tl.where(before, b_p * scale, 0.0)
             if REVERSE:
@@ -202,17 +209,15 @@ def sweep_kernel(
             else:
                 b_o *= scale
                 b_d = b_v
+        if x is not None:
+            b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+        if REVERSE and x is not None:
+            tl.store(x_inter + o_x + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
         store_rows(r_o, H * V, L, i_t, i_v * BV, b_o.to(o.dtype.element_ty), V, BT, BV, TMA)
         if x is not None:
-            b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
-            tl.store(x_o + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
+            tl.store(x_o + o_x + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
-
-        if not REVERSE and x is not None:
-            if (i_c + 1) % (BA // BT) == 0 or i == NT - 1:
-                p_a = anchors + (i_t // BA).to(tl.int64) * (H * K * V)
-                tl.store(p_a, b_s.to(anchors.dtype.element_ty), mask=m_s)
 
     if state_out is not None:
         p_s = state_out + i_n.to(tl.int64) * o_n_ + i_h * o_h_ + o_k[:, None] * o_k_ + o_v[None, :] * o_v_
@@ -245,7 +250,8 @@ def sweep_config(K: int, dtype: torch.dtype, device: torch.device) -> Config:
 
 
 def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
-    """One sweep: `o`, and with x also rows `x . o [NV, B, H, T]` and, back in time, `<anchor, state> [NV, slots, H]`.
+    """One sweep: `o`, and with x also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried
+    state, and `<anchor, state> [NV, slots, H]`.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -257,12 +263,13 @@ def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_
     config = sweep_config(K, q.dtype, q.device)
     BV = min(config.BV, max(16, triton.next_power_of_2(V)))
     NV = triton.cdiv(V, BV)
-    x_o = s_ds = None
+    x_o = x_inter = s_ds = None
     slots = 0
     if x is not None:
         slots = anchors.shape[0]
         x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
         if reverse:
+            x_inter = torch.empty_like(x_o)
             s_ds = torch.empty(NV, slots, H, dtype=torch.float32, device=q.device)
     # with packed sequences one more, the tokens behind them, which gets zeros
     programs = (N + (cu_seqlens is not None)) * H * NV
@@ -271,17 +278,17 @@ def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_
         if tma:
             triton.set_allocator(scratch)
         sweep_kernel[(programs,)](
-            q, k, v, c, state_in, o, state_out, x, x_o, anchors, s_ds, cu_seqlens,
+            q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens,
             scale, N, T,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
             *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-            B * H * T, slots,
+            B * H * T, 0 if c is None else c[0].numel(), slots,
             H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
             BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
             REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2,
             TMA=tma, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
         )
-    return o, x_o, s_ds
+    return o, x_o, x_inter, s_ds
 
 
 def _tma_can_read(x: torch.Tensor) -> bool:
@@ -301,7 +308,7 @@ class FusedChunk(torch.autograd.Function):
         if output_final_state:
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             final_state = q.new_empty(N, H, K, V, dtype=torch.float32)
-        o, _, _ = sweep(q, k, v, c, scale, cu_seqlens, BT, precision, state_in=initial_state, state_out=final_state)
+        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, BT, precision, state_in=initial_state, state_out=final_state)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.BT, ctx.precision = scale, BT, precision
         ctx.set_materialize_grads(False)
@@ -321,18 +328,18 @@ class FusedChunk(torch.autograd.Function):
         dq = dk = dv = dg = dh0 = None
         if need_g:
             B, T, H, V = v.shape
-            anchors = q.new_empty(anchor_slots(T, B, cu_seqlens), H, V, q.shape[-1])
+            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1])
         if need_q or need_g:
-            dq, w, _ = run(do, v, k, state_in=h0_T, x=q if need_g else None, anchors=anchors)
+            dq, w, *_ = run(do, v, k, state_in=h0_T, x=q if need_g else None, anchors=anchors)
         if need_k or need_g:
-            dk, z, s_ds = run(v, do, q, state_in=dht_T, x=k if need_g else None, anchors=anchors, reverse=True)
+            dk, z, z_inter, s_ds = run(v, do, q, state_in=dht_T, x=k if need_g else None, anchors=anchors, reverse=True)
             anchors = None
         if need_g:
-            dg = gate_gradient(g, w, z, s_ds, cu_seqlens)
+            dg = gate_gradient(g, w, z, z_inter, s_ds, ctx.BT, q.dtype, cu_seqlens)
         if need_h0:
             dh0 = torch.empty_like(initial_state)
         if need_v or need_h0:
-            dv, _, _ = run(k, q, do, state_in=dht, state_out=dh0, reverse=True)
+            dv, *_ = run(k, q, do, state_in=dht, state_out=dh0, reverse=True)
         return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
 
 
