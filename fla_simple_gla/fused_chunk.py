@@ -32,6 +32,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._gates import ANCHOR, LOG2E, chunk_gates, count_slots, gate_gradient, sequence_bounds
+from ._layout import rows_in_place, sum_heads, transposed
 from ._triton import INTERPRET, jit, runs_kernels, scratch, tl, triton
 from ._validation import check_inputs, under_autocast
 from .naive import naive_chunk_simple_gla
@@ -165,7 +166,6 @@ def sweep_kernel(
         b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA)
         b_k = load_rows(r_k, k_t, L, i_t, 0, K, BT, BK, TMA)
         b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
-        b_r = b_s.to(b_q.dtype)
 
         if x is not None:
             if (i_c + 1) % (BA // BT) == 0 or i_c == NT - 1:
@@ -175,10 +175,10 @@ def sweep_kernel(
                     b_a = tl.load(p_a, mask=m_s, other=0.0).to(tl.float32)
                     tl.store(s_ds + i_a * H, tl.sum(b_a * b_s))
                 else:
-                    tl.store(p_a, b_r, mask=m_s)
+                    tl.store(p_a, b_s.to(anchors.dtype.element_ty), mask=m_s)
 
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_o = tl.dot(b_q, b_r, input_precision=PRECISION)
+        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION)
         if c is not None:
             p_c = c + i_c.to(tl.int64) * (H * BT)
             b_c = tl.load(p_c + r)
@@ -321,18 +321,16 @@ class FusedChunk(torch.autograd.Function):
         need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
         run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, BT=ctx.BT, precision=ctx.precision)
-        h0_T = None if initial_state is None else initial_state.mT
-        dht_T = None if dht is None else dht.mT
-
+    
         anchors = None
         dq = dk = dv = dg = dh0 = None
         if need_g:
             B, T, H, V = v.shape
             anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1])
         if need_q or need_g:
-            dq, w, *_ = run(do, v, k, state_in=h0_T, x=q if need_g else None, anchors=anchors)
+            dq, w, *_ = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
         if need_k or need_g:
-            dk, z, z_inter, s_ds = run(v, do, q, state_in=dht_T, x=k if need_g else None, anchors=anchors, reverse=True)
+            dk, z, z_inter, s_ds = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, anchors=anchors, reverse=True)
             anchors = None
         if need_g:
             dg = gate_gradient(g, w, z, z_inter, s_ds, ctx.BT, q.dtype, cu_seqlens)
@@ -343,11 +341,6 @@ class FusedChunk(torch.autograd.Function):
         return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
 
 
-def rows_in_place(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, whatever the others are; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def fp32_precision(dtype: torch.dtype) -> str | None:
     """How fp32 products are computed: to fp32 accuracy, or in tf32 where the user has allowed it in PyTorch."""
     if dtype != torch.float32:
@@ -355,13 +348,6 @@ def fp32_precision(dtype: torch.dtype) -> str | None:
     if torch.get_float32_matmul_precision() != 'highest':
         return 'tf32'
     return 'ieee' if torch.version.hip else 'tf32x3'
-
-
-def sum_heads(dx: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The gradient of x from those of its heads' copies."""
-    if dx is None or dx.shape == x.shape:
-        return dx
-    return dx.view(*x.shape[:3], -1, x.shape[3]).sum(3)
 
 
 def fused_chunk_simple_gla(
@@ -378,7 +364,7 @@ def fused_chunk_simple_gla(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = under_autocast(q, k, v)
     scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
-    h0 = initial_state.mT if state_v_first and initial_state is not None else initial_state
+    h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
@@ -387,4 +373,4 @@ def fused_chunk_simple_gla(
         o, ht = naive_chunk_simple_gla(
             q, k, v, g, h0, output_final_state, scale=scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
         )
-    return o, ht.mT if state_v_first and ht is not None else ht
+    return o, transposed(ht, state_v_first)

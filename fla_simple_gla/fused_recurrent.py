@@ -1,8 +1,252 @@
-import torch
+"""Simple GLA token by token, as a chat runs: a constant amount of work and memory for each token, however many came before.
 
-from ._triton import runs_kernels
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T
+    o_t = scale * S_t^T q_t = scale * (exp(g_t) S_{t-1}^T q_t + (q_t . k_t) v_t)
+
+A program owns one head of one sequence and a tile of V columns, with the whole of K: the state [K, BV] stays in fp32 registers,
+all arithmetic is in fp32, and o needs no sum over programs.
+
+The gradients are three more runs of the same kernel, with other tensors in the roles of q, k and v, as in `fused_chunk.py`:
+
+    role     q    k    v     state                out
+    forward  q    k    v     S    [K, V]          o
+    dq       do   v    k     S^T  [V, K]          dq
+    dk       v    do   q     dS^T [V, K], back    dk
+    dv       k    q    do    dS   [K, V], back    dv
+
+A run back through the tokens ("adjoint") is the same but for two things: the state takes part of token t before it decays by g_t,
+and the scale is in the state.
+
+dg_t = <S_t, dS_t> + (the sum of q_s . dq_s - k_s . dk_s over the tokens from t to any token e, at which <S_e, dS_e> is taken). The
+run for dk keeps this sum; the terms (q_t . k_t)(do_t . v_t), which are in both products, are left out of both. The run for dq
+leaves S at every `ANCHOR` tokens and at the end, so that no sum runs further.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._gates import LOG2E, UNDERFLOW, count_slots, sequence_bounds
+from ._layout import rows_in_place, sum_heads, transposed
+from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .naive import naive_recurrent_simple_gla
+
+# Tokens between two anchors of the gate gradient: an fp32 sum of so many terms is good to about 2e-6.
+ANCHOR = 1024
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'scale'])
+def recurrent_kernel(
+    q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
+    v,  # [B, T, H // GV, V], likewise
+    g,  # [B, T, H], any strides, or None
+    state_in,  # [N, H, K, V], any strides, or None
+    o,  # [B, T, H, V]
+    state_out,  # [N, H, K, V], any strides, or None
+    x,  # [B, T, H // GV, V], or None
+    w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
+    anchors,  # [slots, H, K, V]: states behind the last tokens of anchor blocks, likewise
+    dg,  # [NV, B, H, T], the V tile's part, left by the adjoint
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    N, T,
+    q_b, q_t, q_h,
+    k_b, k_t, k_h,
+    v_b, v_t, v_h,
+    g_b, g_t, g_h,
+    x_b, x_t, x_h,
+    i_n_, i_h_, i_k_, i_v_,
+    o_n_, o_h_, o_k_, o_v_,
+    part,  # B * H * T
+    H: tl.constexpr,
+    GQ: tl.constexpr,
+    GV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BA: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ADJOINT: tl.constexpr,
+):
+    """o and the last state of one head of one sequence, in BV columns of V."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = tl.program_id(0) // NV % H
+    i_n = tl.program_id(0) // (NV * H)
+    if cu_seqlens is None:
+        i_b = i_n.to(tl.int64)
+        bos = i_b * 0
+        L = T
+        slot = i_n * tl.cdiv(T, BA)
+    else:
+        i_b = tl.zeros([], tl.int64)
+        first, end = sequence_bounds(cu_seqlens, i_n, N, T)
+        bos = first.to(tl.int64)
+        L = end - first
+        slot = first // BA + i_n
+
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+
+    o += ((i_b * T + bos) * H + i_h) * V + o_v
+    if x is not None:
+        o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
+    if cu_seqlens is not None:
+        # the tokens behind the last sequence
+        if i_n == N:
+            for _ in range(L):
+                tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
+                o += H * V
+                if ADJOINT and x is not None:
+                    tl.store(dg + o_w, 0.0)
+                    o_w += 1
+            return
+
+    q += i_b * q_b + bos * q_t + i_h // GQ * q_h + o_k
+    k += i_b * k_b + bos * k_t + i_h // GQ * k_h + o_k
+    v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
+    if g is not None:
+        g += i_b * g_b + bos * g_t + i_h * g_h
+    if x is not None:
+        x += i_b * x_b + bos * x_t + i_h // GV * x_h + o_v
+        anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+
+    if state_in is not None:
+        p_s = state_in + i_n.to(tl.int64) * i_n_ + i_h * i_h_ + o_k[:, None] * i_k_ + o_v[None, :] * i_v_
+        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+    else:
+        b_s = tl.zeros([BK, BV], tl.float32)
+
+    running = 0.0
+    # the token's number in the forward run, in which the adjoint goes back
+    i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
+    for _ in range(L):
+        i_t = L - 1 - i if REVERSE else i
+        b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0).to(tl.float32)
+        decay = 1.0
+        if g is not None:
+            gate = tl.load(g + i_t * g_t).to(tl.float32) * LOG2E
+            decay = tl.exp2(gate)
+        if ADJOINT:
+            b_k *= scale
+        else:
+            b_q *= scale
+            b_s *= decay
+
+        if ADJOINT and x is not None:
+            if i == L - 1 or (i + 1) % BA == 0:
+                b_a = tl.load(anchors + i // BA * (H * K * V), mask=m_s, other=0.0)
+                running = tl.sum(b_a * b_s)
+
+        b_o = tl.sum(b_s * b_q[:, None], 0)
+        if x is not None:
+            b_x = tl.load(x + i_t * x_t, mask=m_v, other=0.0).to(tl.float32)
+            x_o = tl.sum(b_x * b_o)
+            if ADJOINT:
+                # nothing crosses a reset: what is left of the sum there is its rounding
+                running = tl.where(gate < UNDERFLOW, 0.0, running + tl.load(w + o_w + i_t) - x_o)
+                tl.store(dg + o_w + i_t, running)
+            else:
+                tl.store(w + o_w + i_t, x_o)
+        b_o += tl.sum(b_q * b_k) * b_v
+        tl.store(o + i_t * (H * V), b_o, mask=m_v)
+        b_s += b_k[:, None] * b_v[None, :]
+        if ADJOINT:
+            b_s *= decay
+
+        if not ADJOINT and x is not None:
+            if i == L - 1 or (i + 1) % BA == 0:
+                tl.store(anchors + i // BA * (H * K * V), b_s, mask=m_s)
+        i += -1 if ADJOINT else 1
+
+    if state_out is not None:
+        p_s = state_out + i_n.to(tl.int64) * o_n_ + i_h * o_h_ + o_k[:, None] * o_k_ + o_v[None, :] * o_v_
+        tl.store(p_s, b_s, mask=m_s)
+
+
+def run_recurrence(
+    q, k, v, g, scale, cu_seqlens, *, state_in=None, state_out=None, x=None, w=None, anchors=None, reverse=False, adjoint=False,
+):
+    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`.
+
+    H is the number of heads of the states; each of q and k, and of v and x, have it or a divisor of it.
+    """
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    BK = triton.next_power_of_2(K)
+    # 64 numbers of the state to a thread
+    BV = min(triton.next_power_of_2(V), 16 if BK <= 256 else 8)
+    NV = triton.cdiv(V, BV)
+    dg = None
+    if x is not None:
+        left = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        w, dg = (w, left) if adjoint else (left, None)
+    # with packed sequences one more, the tokens behind them, which gets zeros
+    programs = (N + (cu_seqlens is not None)) * H * NV
+    if programs:
+        recurrent_kernel[(programs,)](
+            q, k, v, g, state_in, o, state_out, x, w, anchors, dg, cu_seqlens,
+            scale, N, T,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
+            *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+            B * H * T,
+            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=BK, BV=BV, BA=ANCHOR, REVERSE=reverse, ADJOINT=adjoint,
+            num_warps=max(1, BK * BV // 2048),
+        )
+    return o, dg if adjoint else w
+
+
+class FusedRecurrent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens):
+        q, k, v = map(rows_in_place, (q, k, v))
+        final_state = None
+        if output_final_state:
+            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            final_state = q.new_empty(N, *v.shape[2:3], q.shape[3], v.shape[3], dtype=torch.float32)
+        o, _ = run_recurrence(q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, reverse=reverse)
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
+        ctx.scale, ctx.reverse = scale, reverse
+        ctx.set_materialize_grads(False)
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dht):
+        q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
+        need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
+        do = torch.zeros_like(v) if do is None else rows_in_place(do)
+        run = functools.partial(run_recurrence, g=g, scale=ctx.scale, cu_seqlens=cu_seqlens, reverse=ctx.reverse)
+
+        w = anchors = None
+        dq = dk = dv = dg = dh0 = None
+        if need_g:
+            B, T, H, V = v.shape
+            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
+        if need_q or need_g:
+            dq, w = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
+        if need_k or need_g:
+            dk, dg = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, w=w, anchors=anchors, adjoint=True)
+        if need_g:
+            dg = dg.sum(0).transpose(1, 2).to(g.dtype)
+        if need_h0:
+            dh0 = torch.empty_like(initial_state)
+        if need_v or need_h0:
+            dv, _ = run(k, q, do, state_in=dht, state_out=dh0, adjoint=True)
+        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None, None
 
 
 def fused_recurrent_simple_gla(
@@ -17,9 +261,70 @@ def fused_recurrent_simple_gla(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    transpose_state_layout: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Simple Gated Linear Attention, token by token: for decoding, with constant memory for each sequence.
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    All arithmetic is in fp32. Differentiable in q, k, v, g, g_gamma and initial_state, once; training is faster with
+    `fused_chunk_simple_gla`. CPU tensors are computed by `naive_recurrent_simple_gla`.
+
+    Args:
+        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
+            gate is allowed as long as the result is finite.
+        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
+            without `cu_seqlens`). Default: zeros.
+        output_final_state: whether to return the state behind the last token.
+        reverse: walk each sequence from its last token to its first.
+        state_v_first: states are `[N, H, V, K]`.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one. It starts
+            at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        transpose_state_layout: deprecated name of state_v_first.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before anything is computed.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar gate of
+    Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import fused_chunk_simple_gla, fused_recurrent_simple_gla
+        >>> q, k, v = torch.randn(3, 1, 10, 4, 64)
+        >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 10, 4))
+        >>> # read nine tokens at once, then the tenth on its own
+        >>> _, state = fused_chunk_simple_gla(q[:, :9], k[:, :9], v[:, :9], g[:, :9], output_final_state=True)
+        >>> o, state = fused_recurrent_simple_gla(
+        ...     q[:, 9:], k[:, 9:], v[:, 9:], g[:, 9:], initial_state=state, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 1, 4, 64]), torch.Size([1, 4, 64, 64]))
+    """
+    if transpose_state_layout is not None:
+        if state_v_first:
+            raise ValueError('state_v_first and its deprecated name transpose_state_layout are both given: pass state_v_first')
+        warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
+        state_v_first = transpose_state_layout
     q, k, v = under_autocast(q, k, v)
     scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
-    h0 = initial_state.mT if state_v_first and initial_state is not None else initial_state
-    o, ht = naive_recurrent_simple_gla(q, k, v, g, scale, h0, output_final_state, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse)
-    return o, ht.mT if state_v_first and ht is not None else ht
+    h0 = transposed(initial_state, state_v_first)
+    if runs_kernels(q):
+        if g_gamma is not None:
+            g = g_gamma.expand(v.shape[:3])
+        o, ht = FusedRecurrent.apply(q, k, v, g, scale, h0, output_final_state, reverse, cu_seqlens)
+    else:
+        o, ht = naive_recurrent_simple_gla(
+            q, k, v, g, scale, h0, output_final_state, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse,
+        )
+    return o, transposed(ht, state_v_first)

@@ -1,0 +1,393 @@
+"""Train a byte-level language model whose mixing layers are Simple Gated Linear Attention, then let it write.
+
+    python examples/train_lm.py                    # learns the source code of Python's own standard library
+    python examples/train_lm.py --text book.txt    # or any file of yours
+
+Training and the reading of the prompt run through a parallel mode of the library, writing through its recurrent mode:
+the states that the one leaves are where the other starts, and they never grow. At its defaults this takes between one
+and two minutes on two CPU cores; where there is a CUDA device, the kernels run and the default model is larger.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fla_simple_gla import fused_chunk_simple_gla as parallel_mode
+from fla_simple_gla import fused_recurrent_simple_gla as recurrent_mode
+
+BYTES = 256
+MOST_TEXT = 4_000_000
+HELD_OUT = 0.05
+HELD_OUT_WINDOWS = 64
+UNIFORM = math.log2(BYTES)
+
+DEFAULTS = {
+    'cpu': {'width': 128, 'layers': 3, 'heads': 4, 'length': 256, 'batch': 4, 'steps': 1000, 'lr': 3e-3},
+    'cuda': {'width': 384, 'layers': 6, 'heads': 6, 'length': 512, 'batch': 16, 'steps': 1500, 'lr': 1.5e-3},
+}
+
+# What the model remembers of the text so far: one state [batch, heads, head width, head width] a layer, in fp32.
+Memory = list[torch.Tensor]
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Mixer(nn.Module):
+    """The layer that looks back: `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale * S_t^T q_t`, per head."""
+
+    def __init__(self, width: int, heads: int, shortest: float = 4.0, longest: float = 256.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(width)
+        self.project = nn.Linear(width, 4 * width, bias=False)
+        self.forget = nn.Linear(width, heads, bias=False)
+        # A head that remembers for n tokens decays by exp(-1 / n) = sigmoid(bias) at each. The heads start at n from
+        # `longest` to `shortest`, whatever they read (the weights start at zero), and learn from there what to keep.
+        memories = torch.logspace(math.log10(longest), math.log10(shortest), heads)
+        self.forget_bias = nn.Parameter(-torch.expm1(1 / memories).log())
+        self.head_norm = nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, state: torch.Tensor | None, decoding: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = self.norm(x)
+        q, k, v, out_gate = self.project(x).unflatten(-1, (4, self.heads, -1)).unbind(2)
+        # The bias is added in fp32: it may be large, and 1 - exp(g) is what a long memory depends on.
+        g = F.logsigmoid(self.forget(x).float() + self.forget_bias)
+        mode = recurrent_mode if decoding else parallel_mode
+        o, state = mode(F.silu(q), F.silu(k), v, g, initial_state=state, output_final_state=state is not None)
+        # o is a sum over as many tokens as the head remembers: the norm takes that size out.
+        o = self.head_norm(o.float()) * F.silu(out_gate)
+        return self.out(o.flatten(2)), state
+
+
+class MLP(nn.Module):
+    """SwiGLU: each token by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = math.ceil(width * 8 / 3 / 16) * 16
+        self.norm = nn.RMSNorm(width)
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.up(self.norm(x)).chunk(2, -1)
+        return self.out(F.silu(gate) * value)
+
+
+class LanguageModel(nn.Module):
+    """Bytes in, the logits of the next byte out."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(BYTES, width)
+        self.mixers = nn.ModuleList(Mixer(width, heads) for _ in range(layers))
+        self.mlps = nn.ModuleList(MLP(width) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        nn.init.normal_(self.embed.weight, std=width**-0.5)
+        for name, weight in self.named_parameters():
+            if name.endswith(('project.weight', 'up.weight')):
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            elif name.endswith('out.weight'):
+                # 2 * layers of these add up in the residual stream
+                nn.init.normal_(weight, std=(2 * layers * weight.shape[1]) ** -0.5)
+            elif name.endswith('forget.weight'):
+                nn.init.zeros_(weight)
+
+    def forward(
+        self, tokens: torch.Tensor, memory: Memory | None = None, decoding: bool = False
+    ) -> tuple[torch.Tensor, Memory | None]:
+        """Logits `[B, T, 256]` of the bytes after tokens `[B, T]`, and the memory after them if one was given.
+
+        `decoding` takes the tokens one after the other, as the recurrent mode does; it changes nothing but rounding.
+        """
+        x = self.embed(tokens)
+        states = []
+        for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
+            mixed, state = mixer(x, None if memory is None else memory[i], decoding)
+            states.append(state)
+            x = x + mixed
+            x = x + mlp(x)
+        # the embedding reads as well as writes: its transpose makes the logits
+        return F.linear(self.norm(x), self.embed.weight).float(), None if memory is None else states
+
+    def empty_memory(self, batch: int = 1) -> Memory:
+        """The memory of having read nothing."""
+        width, heads = self.embed.embedding_dim, self.mixers[0].heads
+        shape = (batch, heads, width // heads, width // heads)
+        return [self.embed.weight.new_zeros(shape, dtype=torch.float32) for _ in self.mixers]
+
+
+# ---------------------------------------------------------------- training
+
+
+class Progress:
+    """A bar on one line of the terminal, and lines above it that stay. Where there is no terminal: just those lines."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.columns = shutil.get_terminal_size().columns - 1  # the last one would wrap
+
+    def update(self, done: int, note: str) -> None:
+        if not self.live:
+            return
+        left = (time.monotonic() - self.start) / done * (self.total - done)
+        bar = '#' * (30 * done // self.total)
+        self._write(f'[{bar:<30}] {done}/{self.total}  {note}  {left:.0f} s left')
+
+    def line(self, text: str) -> None:
+        if self.live:
+            self._write('')
+        print(text, flush=True)
+
+    def _write(self, text: str) -> None:
+        # padded, so that a shorter text leaves nothing of a longer one
+        print(f'\r{text[: self.columns]:<{self.columns}}\r', end='', flush=True)
+
+
+def windows(data: torch.Tensor, length: int) -> torch.Tensor:
+    """Every stretch of length + 1 bytes, as a view `[N, length + 1]`: the inputs, and one further on the targets."""
+    return data.unfold(0, length + 1, 1)
+
+
+def bits(model: LanguageModel, batch: torch.Tensor) -> torch.Tensor:
+    """What the bytes of windows `[B, length + 1]` after the first cost the model, in bits each."""
+    batch = batch.long()
+    logits, _ = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / math.log(2)
+
+
+@torch.inference_mode()
+def held_out_bits(model: LanguageModel, held_out: torch.Tensor, args: argparse.Namespace) -> float:
+    """The mean of `bits` over windows spread evenly over text that the training never reads."""
+    every = windows(held_out, args.length)
+    count = min(HELD_OUT_WINDOWS, len(every))
+    chosen = every[torch.linspace(0, len(every) - 1, count, device=every.device).long()]
+    return sum(bits(model, batch).item() * len(batch) for batch in chosen.split(args.batch)) / count
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Up in a line over the first 5% of the steps, then down to a tenth along half a cosine."""
+    warmup = math.ceil(0.05 * args.steps)
+    if step <= warmup:
+        return args.lr * step / warmup
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+
+
+def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+    device = text.device
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    # norms and the forget gates' biases are sizes, not directions: nothing should pull them to zero
+    groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    choices = windows(text, args.length)
+    dice = torch.Generator().manual_seed(args.seed)
+
+    progress = Progress(args.steps)
+    progress.line(f'bits per byte; one of {BYTES} bytes at random would cost {UNIFORM:.2f}')
+    progress.line(f'{"step":>6} {"training":>9} {"held out":>9} {"seconds":>8}')
+    progress.line(f'{0:>6} {"":>9} {held_out_bits(model, held_out, args):>9.3f} {0:>8.1f}')
+    average = torch.tensor(UNIFORM, device=device)
+    for step in range(1, args.steps + 1):
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, args)
+        batch = choices[torch.randint(len(choices), (args.batch,), generator=dice).to(device)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+            loss = bits(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        # the mean of the first steps, then a running one; it is read only to be shown, since reading waits for the GPU
+        average.lerp_(loss.detach(), max(1 / step, 0.05))
+        if progress.live and step % 5 == 0:
+            progress.update(step, f'{average.item():.2f} bits per byte')
+        if step == args.steps or step % math.ceil(args.steps / 10) == 0:
+            seconds = time.monotonic() - progress.start
+            cost = held_out_bits(model, held_out, args)
+            progress.line(f'{step:>6} {average.item():>9.3f} {cost:>9.3f} {seconds:>8.1f}')
+            if not math.isfinite(cost):
+                fail('the loss is no longer a number: a smaller --lr may help')
+
+
+# ---------------------------------------------------------------- writing
+
+
+@torch.inference_mode()
+def compare_modes(model: LanguageModel, text: torch.Tensor) -> tuple[float, float]:
+    """Read one text `[1, T]` in both ways; the largest difference between the logits, and the largest logit.
+
+    Once in one piece with the parallel mode. Once as writing does it: a first part with the parallel mode, which hands
+    its memory over (in the middle of a chunk, for most lengths), then byte by byte with the recurrent mode.
+    """
+    whole, _ = model(text)
+    part = text.shape[1] // 2
+    logits, memory = model(text[:, :part], model.empty_memory())
+    pieces = [logits]
+    for token in text[:, part:].split(1, dim=1):
+        logits, memory = model(token, memory, decoding=True)
+        pieces.append(logits)
+    return (torch.cat(pieces, 1) - whole).abs().max().item(), whole.abs().max().item()
+
+
+@torch.inference_mode()
+def write(model: LanguageModel, prompt: torch.Tensor, args: argparse.Namespace) -> tuple[bytes, Memory]:
+    """`args.generate` bytes after the prompt `[1, T]`, sampled, and the memory at the end."""
+    dice = torch.Generator().manual_seed(args.seed)
+    logits, memory = model(prompt, model.empty_memory())
+    written = bytearray()
+    while len(written) < args.generate:
+        chances = (logits[0, -1] / args.temperature).softmax(-1)
+        # drawn on the CPU, where one seed gives one sequence on every machine's generator
+        token = torch.multinomial(chances.cpu(), 1, generator=dice)
+        written.append(token.item())
+        logits, memory = model(token[None].to(prompt.device), memory, decoding=True)
+    return bytes(written), memory
+
+
+def printable(text: bytes) -> str:
+    """Text for a terminal: a model that is free to write any byte must not send control codes."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else '\N{REPLACEMENT CHARACTER}' for c in text.decode(errors='replace'))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def fail(message: str) -> None:
+    sys.exit(f'train_lm.py: {message}')
+
+
+def read_text(path: Path | None) -> tuple[bytes, str]:
+    """The bytes to learn from, at most MOST_TEXT of them, and where they are from, in words."""
+    if path is not None:
+        files, source = [path], str(path)
+    else:
+        library = Path(sysconfig.get_paths()['stdlib'])
+        files, source = sorted(library.glob('*.py')), f'{library}/*.py'
+        if not files:
+            fail(f'there is no Python source in {library}: name a text with --text FILE')
+    text = bytearray()
+    for file in files:
+        try:
+            if file.exists() and not file.is_file():
+                fail(f'cannot read {file}: not a regular file')
+            with file.open('rb') as stream:
+                text += stream.read(MOST_TEXT - len(text))
+        except OSError as error:
+            fail(f'cannot read {file}: {error.strerror}')
+    return bytes(text), source
+
+
+def number(kind: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float in a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or math.isinf(value):
+            limits = f'at least {least}' if math.isinf(most) else f'between {least} and {most}'
+            what = 'a whole number' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(f'must be {what} {limits}, got {text!r}')
+        return value
+
+    return parse
+
+
+def parse_arguments(device: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = DEFAULTS[device]
+
+    def option(name: str, kind: Callable[[str], float], help: str) -> None:
+        parser.add_argument(f'--{name}', type=kind, default=defaults[name], help=f'{help} (default here: %(default)s)')
+
+    parser.add_argument(
+        '--text',
+        type=Path,
+        metavar='FILE',
+        help=f'what to learn, any bytes, the first {MOST_TEXT:,} of them (default: the Python standard library)',
+    )
+    option('width', number(int, 1), 'width of the residual stream')
+    option('layers', number(int, 1), 'pairs of a mixing layer and an MLP')
+    option('heads', number(int, 1), 'heads of a mixing layer; they divide the width, and are at most 512 wide')
+    option('length', number(int, 2), 'bytes in a training window')
+    option('batch', number(int, 1), 'windows in a step')
+    option('steps', number(int, 1), 'training steps')
+    option('lr', number(float, 1e-8, 1.0), 'highest learning rate')
+    parser.add_argument('--prompt', default='def ', help='what the model goes on from (default: %(default)r)')
+    parser.add_argument('--generate', type=number(int, 1), default=400, help='bytes to write (default: %(default)s)')
+    parser.add_argument(
+        '--temperature',
+        type=number(float, 0.01, 100.0),
+        default=0.7,
+        help='below 1 the likely bytes are preferred (default: %(default)s)',
+    )
+    parser.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help='(default: %(default)s)')
+    args = parser.parse_args()
+    if args.width % args.heads:
+        parser.error(f'argument --heads: must divide the width {args.width}, got {args.heads}')
+    if args.width // args.heads > 512:
+        parser.error(f'argument --heads: a head is at most 512 wide, got {args.width} / {args.heads}')
+    if not args.prompt:
+        parser.error('argument --prompt: must not be empty')
+    return args
+
+
+def main() -> None:
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    args = parse_arguments(device.type)
+    sys.stdout.reconfigure(errors='replace')
+    content, source = read_text(args.text)
+    window = args.length + 1
+    if len(content) < 2 * window:
+        need = f'one window to learn from and one held out need {2 * window:,} (--length {args.length})'
+        fail(f'{source} holds {len(content):,} bytes: {need}')
+
+    torch.manual_seed(args.seed)
+    model = LanguageModel(args.width, args.layers, args.heads).to(device)
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+    text, held_out = data.split([len(data) - (spare := max(window, int(HELD_OUT * len(data)))), spare])
+    print(f'{len(text):,} bytes to learn from and {len(held_out):,} held out: {source}')
+    size = sum(p.numel() for p in model.parameters())
+    print(f'{size:,} parameters on {device.type}; a step reads {args.batch} x {args.length} bytes\n')
+    train(model, text, held_out, args)
+
+    difference, largest = compare_modes(model, held_out[None, : args.length].long())
+    print(f'\nlargest difference between the logits of training and of decoding: {difference:.1e}', end='')
+    print(f' (largest logit: {largest:.1f})')
+    if not difference < 1e-2:
+        fail('the two modes do not agree')
+
+    prompt = os.fsencode(args.prompt)
+    start = time.monotonic()
+    written, memory = write(model, torch.tensor([list(prompt)], device=device), args)
+    seconds = time.monotonic() - start
+    kept = sum(state.nbytes for state in memory)
+    print(f'{len(written)} bytes in {seconds:.1f} s, from {kept:,} bytes of memory, at any length of text:\n')
+    print(printable(prompt + written))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
