@@ -177,8 +177,8 @@ def sweep_kernel(
                 else:
                     tl.store(p_a, b_s.to(anchors.dtype.element_ty), mask=m_s)
 
-        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION)
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if c is not None:
             p_c = c + i_c.to(tl.int64) * (H * BT)
             b_c = tl.load(p_c + r)
