@@ -7,7 +7,7 @@ try:
     import triton.language as tl
 
     INTERPRET = triton.knobs.runtime.interpret
-except ImportError:
+except (ImportError, AttributeError):  # none, or one before 3.4, which has no knobs
     triton = None
     INTERPRET = False
 
@@ -17,8 +17,8 @@ except ImportError:
         def __getattr__(self, name):
             return self
 
-        def __call__(self, fn, *args, **kwargs):
-            return fn
+        def __call__(self, decorated=None, **options):
+            return self if decorated is None else decorated
 
     tl = _Absent()
 

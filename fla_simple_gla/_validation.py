@@ -101,6 +101,8 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
         raise TypeError(f'cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}')
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f'cu_seqlens must have shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}')
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f'cu_seqlens must be contiguous, got strides {cu_seqlens.stride()}')
     if q.shape[0] != 1:
         raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
     _check_device('cu_seqlens', cu_seqlens, q)

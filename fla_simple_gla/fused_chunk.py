@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from ._gates import ANCHOR, LOG2E, chunk_gates, count_slots, gate_gradient, sequence_bounds
 from ._layout import rows_in_place, sum_heads, transposed
-from ._triton import INTERPRET, jit, runs_kernels, scratch, tl, triton
+from ._triton import jit, runs_kernels, scratch, tl, triton
 from ._validation import check_inputs, under_autocast
 from .naive import naive_chunk_simple_gla
 
@@ -111,7 +111,7 @@ def sweep_kernel(
     """o and the last state of one head of one sequence, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
-    i_h = tl.program_id(0) // NV % H
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_n = tl.program_id(0) // (NV * H)
     if cu_seqlens is None:
         i_b = i_n.to(tl.int64)
@@ -226,30 +226,54 @@ def sweep_kernel(
 
 
 class Config(NamedTuple):
-    """How a sweep is cut: BV columns of V in a program, `warps` to it, loads `stages` chunks deep, by TMA where it can."""
+    """How a sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep."""
 
+    BT: int
     BV: int
     warps: int
     stages: int
-    tma: bool
 
 
-def chunk_size(K: int, V: int, dtype: torch.dtype) -> int:
-    """Tokens in a chunk: one number for all four sweeps, whose gates are summed once."""
-    if dtype == torch.float32:
-        return 16 if max(K, V) > 256 else 32
-    return 32 if max(K, V) > 256 else 64
+# By bytes of an input number and the largest dim: configurations for Hopper, and for everything else.
+#
+# Hopper, bf16, measured on one H200 (triton 3.6), ms of the sweeps for o, dq, dk and dv:
+#   D 128, B4 T4096 H64    BV  64, 4 warps, 2 stages (two programs to a multiprocessor)  0.40 0.51 0.61 0.39
+#                          3 stages (one program)                                        0.47 0.58 0.85 0.45
+#                          BV  32                                                        0.70 0.75 0.83 0.67
+#                          BV 128, 8 warps                                               0.61 0.85 0.89 0.58
+#   D 64, the same         3 stages 0.14 0.20 0.21 0.14; 2 stages 0.20 0.22 0.23 0.19; 4 stages 0.15 0.23 0.31 0.15
+#   D 256, B8 T2048 H32    BV 64, 4 warps, 1 stage 0.90 1.53 1.89 0.90; BV 32, 2 stages 1.39 1.54 1.90 1.39; 8 warps 1.33 1.70 1.73 1.32
+# fp32, B2 T2048 H16: chunks of 64 take 1.9 at D 128, where chunks of 32, too short for wgmma, take 4.7.
+# Rows of a V tile are 128 bytes there: with narrower ones triton 3.6 to 3.7.1 places wgmma operands where their reads leave the shared
+# memory, and some kernels fail (https://github.com/triton-lang/triton/issues/11366).
+#
+# Elsewhere the tables were only compiled (sm_80): no spills in 16 bits up to D 128, and no more than 64 KiB of shared memory.
+HOPPER = {
+    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1), 512: Config(64, 64, 8, 1)},
+    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1), 256: Config(16, 32, 4, 1), 512: Config(16, 32, 8, 1)},
+}
+OTHERS = {
+    2: {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
+    4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1), 512: Config(16, 16, 8, 1)},
+}
 
 
 @functools.cache
-def sweep_config(K: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Configuration of a sweep whose state has K rows."""
-    tma = not INTERPRET and device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
-    BV = 64 if K <= 128 else 32
-    return Config(BV, 4, 2, tma)
+def is_hopper(device: torch.device) -> bool:
+    return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
+def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Configuration of a sweep with a state `[K, V]`.
+
+    The chunks are the same for `[V, K]`: all four sweeps of a call use the same sums of gates.
+    """
+    table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
+    by_rows, by_both = (table[max(64, triton.next_power_of_2(dim))] for dim in (K, max(K, V)))
+    return by_rows._replace(BT=by_both.BT)
+
+
+def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
     """One sweep: `o`, and with x also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried
     state, and `<anchor, state> [NV, slots, H]`.
 
@@ -260,8 +284,7 @@ def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_
     H = max(HQ, HV)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    config = sweep_config(K, q.dtype, q.device)
-    BV = min(config.BV, max(16, triton.next_power_of_2(V)))
+    BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
     x_o = x_inter = s_ds = None
     slots = 0
@@ -274,7 +297,7 @@ def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_
     # with packed sequences one more, the tokens behind them, which gets zeros
     programs = (N + (cu_seqlens is not None)) * H * NV
     if programs:
-        tma = config.tma and all(map(_tma_can_read, (q, k, v, o) if x is None else (q, k, v, o, x)))
+        tma = is_hopper(q.device) and all(map(_tma_can_read, (q, k, v, o) if x is None else (q, k, v, o, x)))
         if tma:
             triton.set_allocator(scratch)
         sweep_kernel[(programs,)](
@@ -285,8 +308,8 @@ def sweep(q, k, v, c, scale, cu_seqlens, BT, precision, *, state_in=None, state_
             B * H * T, 0 if c is None else c[0].numel(), slots,
             H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
             BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
-            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2,
-            TMA=tma, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages,
+            num_warps=warps,
         )
     return o, x_o, x_inter, s_ds
 
@@ -301,14 +324,14 @@ class FusedChunk(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         K, (H, V) = q.shape[-1], v.shape[2:]
-        BT = chunk_size(K, V, q.dtype)
+        BT = sweep_config(K, V, q.dtype, q.device).BT
         precision = fp32_precision(q.dtype)
         c = None if g is None else chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
         final_state = None
         if output_final_state:
             N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             final_state = q.new_empty(N, H, K, V, dtype=torch.float32)
-        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, BT, precision, state_in=initial_state, state_out=final_state)
+        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, state_in=initial_state, state_out=final_state)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.BT, ctx.precision = scale, BT, precision
         ctx.set_materialize_grads(False)
@@ -320,7 +343,7 @@ class FusedChunk(torch.autograd.Function):
         q, k, v, g, c, initial_state, cu_seqlens = ctx.saved_tensors
         need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
-        run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, BT=ctx.BT, precision=ctx.precision)
+        run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
     
         anchors = None
         dq = dk = dv = dg = dh0 = None
@@ -362,13 +385,62 @@ def fused_chunk_simple_gla(
     cu_seqlens: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Simple Gated Linear Attention in one sweep over each sequence, chunk by chunk: for training, and for reading prompts.
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
+    `torch.set_float32_matmul_precision` allows it. A sequence's results do not depend on what else is in the batch. Differentiable in
+    q, k, v, g, g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
+
+    Args:
+        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
+            gate is allowed as long as the result is finite.
+        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
+            without `cu_seqlens`). Default: zeros.
+        output_final_state: whether to return the state behind the last token.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one. It starts
+            at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        state_v_first: states are `[N, H, V, K]`.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before anything is computed.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar gate of
+    Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import fused_chunk_simple_gla
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 64)
+        >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 100, 4))
+        >>> o, state = fused_chunk_simple_gla(q, k, v, g, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 64, 64]))
+        >>> # the same tokens as two packed sequences of 30 and 70
+        >>> cu_seqlens = torch.tensor([0, 30, 100])
+        >>> o, states = fused_chunk_simple_gla(q, k, v, g, output_final_state=True, cu_seqlens=cu_seqlens)
+        >>> states.shape
+        torch.Size([2, 4, 64, 64])
+    """
     q, k, v = under_autocast(q, k, v)
     scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
-        o, ht = FusedChunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
+        with torch.cuda.device_of(q):
+            o, ht = FusedChunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
     else:
         o, ht = naive_chunk_simple_gla(
             q, k, v, g, h0, output_final_state, scale=scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,

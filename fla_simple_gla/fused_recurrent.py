@@ -75,7 +75,7 @@ def recurrent_kernel(
     """o and the last state of one head of one sequence, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
-    i_h = tl.program_id(0) // NV % H
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_n = tl.program_id(0) // (NV * H)
     if cu_seqlens is None:
         i_b = i_n.to(tl.int64)
@@ -322,7 +322,8 @@ def fused_recurrent_simple_gla(
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
-        o, ht = FusedRecurrent.apply(q, k, v, g, scale, h0, output_final_state, reverse, cu_seqlens)
+        with torch.cuda.device_of(q):
+            o, ht = FusedRecurrent.apply(q, k, v, g, scale, h0, output_final_state, reverse, cu_seqlens)
     else:
         o, ht = naive_recurrent_simple_gla(
             q, k, v, g, scale, h0, output_final_state, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse,

@@ -147,19 +147,21 @@ def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_s
     v, g = rearrange(v.to(precise), 'b t h d -> b h t d'), rearrange(g.to(precise), 'b t h -> b h t')
     q = q * (K ** -0.5 if scale is None else scale)
 
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    N = B if bounds is None else len(bounds) - 1
-    S = v.new_zeros(N, H, K, V) if initial_state is None else initial_state.to(precise)
-    if bounds is None:
-        o, S = form(q, k, v, g, S) if T else (v, S)
-    else:
-        outputs, states = [], []
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            q_n, k_n, v_n, g_n = (x[:, :, start:end] for x in (q, k, v, g))
-            o_n, S_n = form(q_n, k_n, v_n, g_n, S[n:n + 1]) if end > start else (v_n, S[n:n + 1])
-            outputs.append(o_n)
-            states.append(S_n)
-        # tokens after the last sequence belong to none
-        o = torch.cat([*outputs, v.new_zeros(1, H, T - bounds[-1], V)], 2)
-        S = torch.cat(states)
+    # an enclosing autocast would compute the products in its own dtype
+    with torch.autocast(q.device.type, enabled=False):
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+        N = B if bounds is None else len(bounds) - 1
+        S = v.new_zeros(N, H, K, V) if initial_state is None else initial_state.to(precise)
+        if bounds is None:
+            o, S = form(q, k, v, g, S) if T else (v, S)
+        else:
+            outputs, states = [], []
+            for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+                q_n, k_n, v_n, g_n = (x[:, :, start:end] for x in (q, k, v, g))
+                o_n, S_n = form(q_n, k_n, v_n, g_n, S[n:n + 1]) if end > start else (v_n, S[n:n + 1])
+                outputs.append(o_n)
+                states.append(S_n)
+            # tokens after the last sequence belong to none
+            o = torch.cat([*outputs, v.new_zeros(1, H, T - bounds[-1], V)], 2)
+            S = torch.cat(states)
     return rearrange(o, 'b h t d -> b t h d').to(dtype), S if output_final_state else None

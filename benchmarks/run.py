@@ -1,0 +1,113 @@
+"""Time the modes on a GPU: forward, forward + backward, the memory they add and the first call on an empty kernel cache.
+
+    python benchmarks/run.py [--shape B T H D]... [--fla]
+
+Times are medians of `triton.testing.do_bench`, in milliseconds. The floor is the bytes that have to move, over the bandwidth of a
+large copy measured in the same run: 4 passes forward (q, k, v read and o written once), 11 for forward + backward (backward reads
+q, k, v, do and writes dq, dk, dv). Before a shape is timed, its o and gradients for the first heads are compared with naive in fp64.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+
+import torch
+from triton.testing import do_bench
+
+from fla_simple_gla import fused_chunk_simple_gla, naive_chunk_simple_gla
+
+SHAPES = [(4, 4096, 64, 128), (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 2048, 32, 256), (8, 1024, 8, 64)]
+
+
+def median(fn) -> float:
+    return do_bench(fn, warmup=25, rep=100, return_mode='median')
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by a copy of 2 GiB."""
+    x = torch.empty(2**31, dtype=torch.int8, device='cuda')
+    y = torch.empty_like(x)
+    return 2 * x.numel() / median(lambda: y.copy_(x)) * 1e3
+
+
+def inputs(B, T, H, D):
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(B, T, H, D, dtype=torch.bfloat16, device='cuda') for _ in range(4))
+    g = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device='cuda') + 3)
+    return [x.requires_grad_() for x in (q, k, v, g)], do
+
+
+def worst_error(fn, leaves, do) -> float:
+    """The largest relative RMS error of o, dq, dk and dv, on one sequence and two heads."""
+    part = [x.detach()[:1, :, :2].clone().requires_grad_() for x in leaves]
+    exact = [x.detach().double().requires_grad_() for x in part]
+    results = []
+    for form, xs in ((fn, part), (naive_chunk_simple_gla, exact)):
+        o = form(*xs)[0]
+        results.append([o, *torch.autograd.grad(o, xs[:3], do[:1, :, :2].to(o.dtype))])
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
+
+
+def time_shape(name, fn, shape, bandwidth):
+    B, T, H, D = shape
+    leaves, do = inputs(*shape)
+    error = worst_error(fn, leaves, do)
+    forward = median(lambda: fn(*leaves))
+    both = median(lambda: torch.autograd.grad(fn(*leaves)[0], leaves, do))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(fn(*leaves)[0], leaves, do)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    floor = B * T * H * D * 2 / bandwidth * 1e3
+    print(
+        f'{name:12} B{B} T{T} H{H} D{D}: forward {forward:.3f} (floor {4 * floor:.3f}), forward + backward {both:.3f} (floor {11 * floor:.3f}), '
+        f'{memory:.0f} MiB, error {error:.1e}',
+        flush=True,
+    )
+
+
+def first_call() -> None:
+    """In a process of its own with an empty kernel cache: seconds of the first forward and the first backward."""
+    code = """
+import time, torch
+from fla_simple_gla import fused_chunk_simple_gla
+q, k, v, do = (torch.randn(4, 4096, 64, 128, dtype=torch.bfloat16, device='cuda') for _ in range(4))
+g = torch.full((4, 4096, 64), -0.1, device='cuda')
+leaves = [x.requires_grad_() for x in (q, k, v, g)]
+torch.cuda.synchronize()
+t0 = time.time()
+o, _ = fused_chunk_simple_gla(*leaves)
+torch.cuda.synchronize()
+t1 = time.time()
+torch.autograd.grad(o, leaves, do)
+torch.cuda.synchronize()
+print(f'first call on an empty cache: forward {t1 - t0:.1f} s, backward {time.time() - t1:.1f} s')
+"""
+    with tempfile.TemporaryDirectory() as cache:
+        path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
+        subprocess.run([sys.executable, '-c', code], env=os.environ | {'TRITON_CACHE_DIR': cache, 'PYTHONPATH': path}, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shape', type=int, nargs=4, action='append', metavar=('B', 'T', 'H', 'D'))
+    parser.add_argument('--fla', action='store_true', help="time fla-core's fused_chunk_simple_gla beside ours (it tunes itself first: minutes)")
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f'{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}', flush=True)
+    first_call()
+    modes = {'fused_chunk': fused_chunk_simple_gla}
+    if options.fla:
+        from fla.ops.simple_gla import fused_chunk_simple_gla as fla_fused_chunk
+
+        modes['fla'] = fla_fused_chunk
+    for shape in options.shape or SHAPES:
+        for name, fn in modes.items():
+            time_shape(name, fn, shape, bandwidth)
+
+
+if __name__ == '__main__':
+    main()

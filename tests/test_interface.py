@@ -1,0 +1,125 @@
+"""What goes in: bad input is refused by name before anything is computed, and the package imports without triton."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import DEVICE, MODES
+
+import fla_simple_gla
+
+
+def arguments(**changes):
+    B, T, H, K, V = 2, 5, 4, 8, 6
+    given = {
+        'q': torch.zeros(B, T, 2, K, device=DEVICE), 'k': torch.zeros(B, T, 2, K, device=DEVICE), 'v': torch.zeros(B, T, H, V, device=DEVICE),
+        'g': torch.zeros(B, T, H, device=DEVICE), 'initial_state': torch.zeros(B, H, K, V, device=DEVICE),
+    }  # fmt: skip
+    return given | changes
+
+
+def zeros(*shape, dtype=torch.float32, device=DEVICE):
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+PACKED = {'q': zeros(1, 5, 2, 8), 'k': zeros(1, 5, 2, 8), 'v': zeros(1, 5, 4, 6), 'g': zeros(1, 5, 4), 'initial_state': None}
+CU = torch.tensor([0, 2, 5], device=DEVICE)
+
+BAD = [
+    # changes, the error, what it names
+    ({'q': [[1.0]]}, TypeError, 'q must be a torch.Tensor, got list'),
+    ({'v': zeros(2, 5, 4, 6, dtype=torch.int64)}, TypeError, 'v must be a floating-point tensor, got torch.int64'),
+    ({'q': zeros(5, 2, 8)}, ValueError, r'q must have 4 dimensions .*\[5, 2, 8\]'),
+    ({'k': zeros(2, 5, 2, 8, dtype=torch.float16)}, TypeError, "k must have q's dtype torch.float32, got torch.float16"),
+    ({'k': zeros(2, 5, 2, 9)}, ValueError, r"k must have q's shape \[2, 5, 2, 8\], got \[2, 5, 2, 9\]"),
+    ({'v': zeros(2, 6, 4, 6)}, ValueError, r'v must have .* \(2, 5\), got shape \[2, 6, 4, 6\]'),
+    ({'v': zeros(2, 5, 3, 6)}, ValueError, 'multiple of q.s 2 heads, at least one, got 3'),
+    ({'v': zeros(2, 5, 0, 6)}, ValueError, 'heads'),
+    ({'v': zeros(2, 5, 4, 513)}, ValueError, 'head dimension of v must be 1 to 512, got 513'),
+    ({'q': zeros(2, 5, 2, 0), 'k': zeros(2, 5, 2, 0)}, ValueError, 'head dimension of q must be 1 to 512, got 0'),
+    ({'g': zeros(2, 5, 3)}, ValueError, r'g must have shape \[B, T, H\] = \[2, 5, 4\], got \[2, 5, 3\]'),
+    ({'g': zeros(2, 5, 4, dtype=torch.int32)}, TypeError, 'g must be a floating-point tensor'),
+    ({'g_gamma': zeros(4)}, ValueError, 'g and g_gamma are both given'),
+    ({'g': None, 'g_gamma': zeros(2)}, ValueError, r'g_gamma must have shape \[H\] = \[4\], got \[2\]'),
+    ({'scale': '1'}, TypeError, 'scale must be a number or None, got str'),
+    ({'scale': torch.ones(1)}, TypeError, 'scale must be a number or None, got Tensor'),
+    ({'initial_state': zeros(2, 4, 6, 8)}, ValueError, r'initial_state must have shape \[N, H, K, V\] = \[2, 4, 8, 6\], got \[2, 4, 6, 8\]'),
+    ({'state_v_first': True}, ValueError, r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]'),
+    ({'initial_state': zeros(3, 4, 8, 6)}, ValueError, 'initial_state'),
+    ({'cu_seqlens': CU}, ValueError, 'q must have a batch of 1 with cu_seqlens, got 2'),
+    (PACKED | {'cu_seqlens': [0, 5]}, TypeError, 'cu_seqlens must be a torch.Tensor, got list'),
+    (PACKED | {'cu_seqlens': CU.float()}, TypeError, 'cu_seqlens must be int32 or int64, got torch.float32'),
+    (PACKED | {'cu_seqlens': CU[:1]}, ValueError, r'cu_seqlens must have shape \[N \+ 1\] with N >= 1, got \[1\]'),
+    (PACKED | {'cu_seqlens': CU[None]}, ValueError, 'cu_seqlens must have shape'),
+    (PACKED | {'cu_seqlens': CU[::2]}, ValueError, 'cu_seqlens must be contiguous'),
+    (PACKED | {'cu_seqlens': CU, 'initial_state': zeros(1, 4, 8, 6)}, ValueError, r'= \[2, 4, 8, 6\], got \[1, 4, 8, 6\]'),
+    ({'unknown': 1}, TypeError, 'unknown'),
+]  # fmt: skip
+if DEVICE == 'cuda':
+    BAD += [
+        ({'k': zeros(2, 5, 2, 8, device='cpu')}, ValueError, "k must be on q's device cuda:0, got cpu"),
+        ({'g': zeros(2, 5, 4, device='cpu')}, ValueError, "g must be on q's device"),
+        ({name: zeros(2, 5, 2, 8, dtype=torch.float64) for name in 'qkv'}, TypeError, 'q must be bfloat16, float16 or float32'),
+        (PACKED | {'cu_seqlens': CU.cpu()}, ValueError, "cu_seqlens must be on q's device"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('changes, error, message', BAD, ids=[message for _, _, message in BAD])
+def test_bad_input(mode, changes, error, message):
+    with pytest.raises(error, match=message):
+        MODES[mode](**arguments(**changes))
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_good_input(mode):
+    """What the bad inputs are changed from."""
+    o, ht = MODES[mode](**arguments())
+    assert o.shape == (2, 5, 4, 6) and ht is None
+    assert MODES[mode](**arguments(**PACKED, cu_seqlens=CU))[0].shape == (1, 5, 4, 6)
+
+
+def test_signatures():
+    """Names, order and defaults of fla-core 0.6.0, with what is ours behind them."""
+    common = ['q', 'k', 'v', 'g', 'g_gamma', 'scale', 'initial_state', 'output_final_state']
+    chunk = inspect.signature(fla_simple_gla.fused_chunk_simple_gla).parameters
+    recurrent = inspect.signature(fla_simple_gla.fused_recurrent_simple_gla).parameters
+    assert list(chunk) == [*common, 'cu_seqlens', 'state_v_first']
+    assert list(recurrent) == [*common, 'reverse', 'state_v_first', 'cu_seqlens', 'transpose_state_layout']
+    for parameters in (chunk, recurrent):
+        for name, parameter in parameters.items():
+            expected = inspect.Parameter.empty if name in 'qkv' else False if name in ('output_final_state', 'reverse', 'state_v_first') else None
+            assert parameter.default is expected, name
+
+
+def test_deprecated_name_of_state_v_first():
+    given = arguments(initial_state=zeros(2, 4, 6, 8), output_final_state=True)
+    with pytest.warns(DeprecationWarning, match='state_v_first'):
+        _, ht = fla_simple_gla.fused_recurrent_simple_gla(**given, transpose_state_layout=True)
+    assert ht.shape == (2, 4, 6, 8)
+    with pytest.raises(ValueError, match='transpose_state_layout'):
+        fla_simple_gla.fused_recurrent_simple_gla(**given, state_v_first=True, transpose_state_layout=True)
+
+
+def test_without_triton():
+    """The package imports, CPU tensors are computed, and a tensor on an accelerator gets a clear error."""
+    code = """
+import sys
+sys.modules['triton'] = None
+import torch
+from fla_simple_gla import fused_chunk_simple_gla, fused_recurrent_simple_gla
+from fla_simple_gla._triton import runs_kernels
+q = torch.randn(1, 5, 2, 8, requires_grad=True)
+for mode in (fused_chunk_simple_gla, fused_recurrent_simple_gla):
+    mode(q, q, q)[0].sum().backward()
+try:
+    runs_kernels(q.to('meta'))
+except RuntimeError as error:
+    assert 'triton' in str(error)
+    print('refused')
+"""
+    environment = {'PYTHONPATH': ':'.join(sys.path)}
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    assert result.stdout == 'refused\n', result.stderr

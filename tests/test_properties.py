@@ -1,0 +1,287 @@
+"""What holds between runs: pieces and wholes, modes and modes, batches and their rows, the same call twice."""
+
+import pytest
+import torch
+from harness import DEVICE, GPU, MODES, TOLERANCE, Case, check, make_inputs, poisoned_memory, reference, rms_error, run
+
+INF = float('inf')
+HALF = torch.bfloat16 if GPU else torch.float16
+FUSED_CHUNK, FUSED_RECURRENT = MODES['fused_chunk'], MODES['fused_recurrent']
+# long enough for several chunks and anchor blocks of the sweep; the interpreter goes token by token slowly
+LENGTH = {'fused_chunk': 600 if GPU else 150, 'fused_recurrent': 100 if GPU else 20}
+D = 64 if GPU else 16
+
+
+def tensors(inputs, *names):
+    return [inputs[name] for name in names or ('q', 'k', 'v', 'g')]
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_pieces_equal_the_whole(mode):
+    """The state handed over at any point gives outputs and gradients of the whole, gradients flowing back through it."""
+    case = Case(LENGTH[mode], K=D, V=D)
+    inputs = make_inputs(case)
+    cut = case.T // 3 + 1
+
+    def in_pieces(q, k, v, g, initial_state, **options):
+        o1, state = MODES[mode](q[:, :cut], k[:, :cut], v[:, :cut], g[:, :cut], initial_state=initial_state, **options)
+        o2, state = MODES[mode](q[:, cut:], k[:, cut:], v[:, cut:], g[:, cut:], initial_state=state, **options)
+        return torch.cat([o1, o2], 1), state
+
+    check(case, run(in_pieces, case, inputs), reference(case, inputs))
+
+
+@pytest.mark.parametrize('first, second', [('fused_chunk', 'fused_recurrent'), ('fused_recurrent', 'fused_chunk')])
+def test_modes_hand_states_to_each_other(first, second):
+    case = Case(40, K=D, V=D, B=2, state_v_first=True)
+    inputs = make_inputs(case)
+
+    def handed_over(q, k, v, g, initial_state, **options):
+        o1, state = MODES[first](q[:, :25], k[:, :25], v[:, :25], g[:, :25], initial_state=initial_state, **options)
+        o2, state = MODES[second](q[:, 25:], k[:, 25:], v[:, 25:], g[:, 25:], initial_state=state, **options)
+        return torch.cat([o1, o2], 1), state
+
+    check(case, run(handed_over, case, inputs), reference(case, inputs))
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_causality(mode):
+    case = Case(LENGTH[mode], K=D, V=D)
+    inputs = make_inputs(case)
+    before, _ = MODES[mode](*tensors(inputs))
+    cut = case.T // 2 + 3
+    for x in tensors(inputs):
+        x[:, cut:] = -3.0
+    after, _ = MODES[mode](*tensors(inputs))
+    assert torch.equal(before[:, :cut], after[:, :cut])
+    assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_a_packed_sequence_is_that_sequence_alone(mode, dtype):
+    """Bit for bit, wherever it starts; so it is with its gradients and states."""
+    bounds = (0, 33, 33, 34, LENGTH[mode] + 34) if mode == 'fused_chunk' else (0, 5, 5, 6, LENGTH[mode])
+    case = Case(bounds[-1] + 9, K=D, V=D, dtype=dtype, cu_seqlens=bounds)
+    inputs = make_inputs(case)
+    packed = run(MODES[mode], case, inputs)
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        alone = {
+            name: x if x is None else x[n : n + 1] if name in ('initial_state', 'dht') else x[:, start:end] for name, x in inputs.items()
+        }
+        expected = run(MODES[mode], Case(end - start, K=D, V=D, dtype=dtype), alone)
+        found = {
+            name: x[n : n + 1] if name in ('ht', 'dinitial_state') else x[:, start:end] for name, x in packed.items()
+        }
+        assert_same_bits(found, expected)
+    for name, x in packed.items():
+        if name not in ('ht', 'dinitial_state'):
+            assert (x[:, bounds[-1] :] == 0).all(), name
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_batch_invariance(mode, dtype):
+    case = Case(LENGTH[mode], B=3, K=D, V=D, dtype=dtype)
+    inputs = make_inputs(case)
+    whole = run(MODES[mode], case, inputs)
+    row = {name: x if x is None else x[1:2] for name, x in inputs.items()}
+    assert_same_bits({name: x[1:2] for name, x in whole.items()}, run(MODES[mode], case, row))
+
+
+@pytest.mark.parametrize('dim', [64, 128, 256, 512] if GPU else [16])
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize('mode', MODES)
+def test_same_bits_every_time(mode, dtype, dim):
+    case = Case(LENGTH[mode] if GPU else 20, B=2, H=8 if GPU else 2, K=dim, V=dim, dtype=dtype)
+    inputs = make_inputs(case)
+    first = run(MODES[mode], case, inputs)
+    for _ in range(20 if GPU else 1):
+        assert_same_bits(run(MODES[mode], case, inputs), first)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('gate', [-INF, -1e30, -3e4])
+def test_nothing_crosses_a_reset(mode, gate):
+    """Neither values forward nor gradients backward, to the bit; and what is beside the reset keeps its accuracy."""
+    T = LENGTH[mode]
+    t = T // 2 + 5
+    case = Case(T, K=D, V=D, memory=1000, resets=((t, gate),))
+    inputs = make_inputs(case)
+    first = run(MODES[mode], case, inputs)
+    check(case, first, reference(case, inputs))
+    other = make_inputs(Case(T, K=D, V=D, memory=1000, resets=((t, gate),), seed=1))
+    changed = {name: torch.cat([other[name][:, :t], inputs[name][:, t:]], 1) for name in ('q', 'k', 'v', 'do')}
+    second = run(MODES[mode], case, inputs | changed | {'initial_state': other['initial_state']})
+    for name in ('o', 'dq', 'dk', 'dv'):
+        assert torch.equal(first[name][:, t:], second[name][:, t:]), name
+    changed = {name: torch.cat([inputs[name][:, :t], other[name][:, t:]], 1) for name in ('q', 'k', 'v', 'do')}
+    third = run(MODES[mode], case, inputs | changed | {'dht': other['dht']})
+    for name in ('o', 'dq', 'dk', 'dv'):
+        assert torch.equal(first[name][:, :t], third[name][:, :t]), name
+    assert torch.equal(first['dinitial_state'], third['dinitial_state'])
+    # what follows is in the sums that dg is taken from, and cancels to their rounding
+    assert rms_error(first['dg'][:, :t], third['dg'][:, :t]) < 1e-5
+    assert (first['dg'][:, t] == 0).all()
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_expanded_gradient(mode):
+    """`.sum().backward()` passes a gradient with strides of zero."""
+    case = Case(20, K=D, V=D)
+    inputs = make_inputs(case)
+    q, k, v, g = (x.requires_grad_() for x in tensors(inputs))
+    MODES[mode](q, k, v, g)[0].sum().backward()
+    expected = reference(case, inputs | {'do': torch.ones_like(v), 'initial_state': None, 'dht': torch.zeros(1, 2, D, D, device=DEVICE)})
+    for name, x in (('dq', q), ('dk', k), ('dv', v), ('dg', g)):
+        assert rms_error(x.grad, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_gradients_of_some_inputs_only(mode):
+    case = Case(20, K=D, V=D)
+    inputs = make_inputs(case)
+    expected = run(MODES[mode], case, inputs)
+    for name in ('q', 'k', 'v', 'g', 'initial_state'):
+        arguments = {n: inputs[n].detach() for n in ('q', 'k', 'v', 'g', 'initial_state')}
+        arguments[name].requires_grad_()
+        with poisoned_memory():
+            o, ht = MODES[mode](**arguments, output_final_state=True)
+            (grad,) = torch.autograd.grad([o, ht], [arguments[name]], [inputs['do'], inputs['dht']])
+        arguments[name].requires_grad_(False)
+        assert torch.equal(grad, expected[f'd{name}']), name
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_gradient_through_the_state_alone(mode):
+    case = Case(20, K=D, V=D)
+    inputs = make_inputs(case)
+    q, k, v, g = (x.requires_grad_() for x in tensors(inputs))
+    _, ht = MODES[mode](q, k, v, g, output_final_state=True)
+    ht.backward(inputs['dht'])
+    expected = reference(case, inputs | {'do': torch.zeros_like(v), 'initial_state': None})
+    for name, x in (('dk', k), ('dv', v), ('dg', g)):
+        assert rms_error(x.grad, expected[name]) < 1e-5, name
+    assert (q.grad == 0).all()
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_inputs_are_read_in_place_and_left_alone(mode):
+    case = Case(20, K=D, V=D, layout='qkv')
+    inputs = make_inputs(case)
+    copies = {name: None if x is None else x.clone() for name, x in inputs.items()}
+    run(MODES[mode], case, inputs)
+    for name, x in inputs.items():
+        assert x is None or torch.equal(x, copies[name]), name
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_last_dimension_with_a_stride(mode):
+    case = Case(20, K=D, V=D)
+    inputs = make_inputs(case)
+    strided = {name: x if name not in 'qkv' else x.mT.contiguous().mT for name, x in inputs.items()}
+    assert strided['q'].stride(-1) != 1
+    assert_same_bits(run(MODES[mode], case, strided), run(MODES[mode], case, inputs))
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', [HALF] if GPU else [torch.bfloat16], ids=str)
+def test_autocast(mode, dtype, monkeypatch):
+    """Under autocast q, k and v are cast, gates and states are not: as by hand."""
+    if not GPU:
+        # the interpreter multiplies bfloat16 wrongly, and the CPU's autocast has no float16 everywhere: the CPU path stands in
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    case = Case(20, K=D, V=D)
+    inputs = make_inputs(case)
+    q, k, v, g = tensors(inputs)
+    with torch.autocast(DEVICE, dtype):
+        o, ht = MODES[mode](q, k.to(dtype), v, g, initial_state=inputs['initial_state'], output_final_state=True)
+    by_hand = MODES[mode](q.to(dtype), k.to(dtype), v.to(dtype), g, initial_state=inputs['initial_state'], output_final_state=True)
+    assert o.dtype == dtype and ht.dtype == torch.float32
+    assert torch.equal(o, by_hand[0]) and torch.equal(ht, by_hand[1])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_second_derivatives_are_refused(mode):
+    case = Case(8)
+    q, k, v, g = (x.requires_grad_() for x in tensors(make_inputs(case)))
+    o, _ = MODES[mode](q, k, v, g)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_no_tokens_and_no_batch(mode):
+    q = torch.zeros(0, 5, 2, D, device=DEVICE)
+    o, ht = MODES[mode](q, q, q, output_final_state=True)
+    assert o.shape == q.shape and ht.shape == (0, 2, D, D)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_cpu_path(mode, monkeypatch):
+    """CPU tensors run the naive reference through the same function: gradients, states and packing included."""
+    monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    for case in (
+        Case(70, B=2, H=4, HK=2, K=6, V=5, state_v_first=True),
+        Case(40, K=6, V=5, gate='gamma', cu_seqlens=(0, 7, 7, 30), initial_state=False),
+        Case(30, K=6, V=5, gate=None, dtype=torch.bfloat16),
+    ):
+        inputs = make_inputs(case, 'cpu')
+        check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+    inputs = {name: None if x is None else x.double() for name, x in make_inputs(Case(30), 'cpu').items()}
+    results, expected = run(MODES[mode], Case(30), inputs), reference(Case(30), inputs)
+    assert results['ht'].dtype == torch.float64
+    assert all(rms_error(results[name], expected[name]) < 1e-12 for name in expected)
+
+
+if GPU:
+
+    def test_many_programs():
+        """More heads in the batch than a grid's second dimension could have."""
+        case = Case(3, B=70_000, H=1, K=16, V=16)
+        inputs = make_inputs(case)
+        for mode in MODES:
+            check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+
+    @pytest.mark.parametrize('layout', ['contiguous', 'heads_first'])
+    def test_more_elements_than_int32_counts(layout):
+        """The second half of a tensor of 2.4e9 numbers, with its gradients, against the same tokens on their own."""
+        T, H, half = 1_150_000, 16, 575_000
+        shape = (1, T, H, 128) if layout == 'contiguous' else (1, H, T, 128)
+        q, k, v, do = (torch.randn(shape, dtype=torch.bfloat16, device='cuda') for _ in range(4))
+        if layout == 'heads_first':
+            q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
+        g = torch.full((1, T, H), -0.05, device='cuda')
+        g[:, half] = -INF
+        leaves = [x.requires_grad_() for x in (q, k, v, g)]
+        o, ht = FUSED_CHUNK(*leaves, output_final_state=True)
+        whole = [o, ht, *torch.autograd.grad(o, leaves, do)]
+        assert o.numel() > 2**31
+        leaves = [x.detach()[:, half:].clone().requires_grad_() for x in (q, k, v, g)]
+        o, ht = FUSED_CHUNK(*leaves, output_final_state=True)
+        part = [o, ht, *torch.autograd.grad(o, leaves, do[:, half:])]
+        for name, a, b in zip(('o', 'ht', 'dq', 'dk', 'dv', 'dg'), whole, part, strict=True):
+            a = a if name == 'ht' else a[:, half:]
+            # the chunks are cut elsewhere, so that the bits differ
+            assert rms_error(a[:, -100_000:] if name != 'ht' else a, b[:, -100_000:] if name != 'ht' else b) < TOLERANCE[q.dtype][1], name
+
+    def test_no_call_waits_for_the_gpu():
+        """Neither forward nor backward synchronises, with packed sequences least of all."""
+        case = Case(200, K=64, V=64, dtype=HALF, cu_seqlens=(0, 64, 65, 190))
+        inputs = make_inputs(case)
+        cu_seqlens = torch.tensor(case.cu_seqlens, device='cuda')
+        leaves = [x.requires_grad_() for x in tensors(inputs)]
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            for mode in MODES.values():
+                o, _ = mode(*leaves, cu_seqlens=cu_seqlens, output_final_state=True)
+                torch.autograd.grad(o, leaves, inputs['do'])
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
