@@ -49,14 +49,15 @@ def sequence_bounds(cu_seqlens, i_n, N, T):
 
 @jit
 def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
-    """Of slot i_s: its row of the batch, whether a sequence owns it, the first of its tokens and the one after its last.
+    """Of slot i_s: its row of the batch, its first token, the one after its last, and that again if a sequence owns them, else first.
 
     first >= end in an empty slot.
     """
     if cu_seqlens is None:
         NT = tl.cdiv(T, BT)
         first = i_s % NT * BT
-        return (i_s // NT).to(tl.int64), True, first, tl.minimum(first + BT, T)
+        end = tl.minimum(first + BT, T)
+        return (i_s // NT).to(tl.int64), first, end, end
     else:
         lo = 0
         hi = N
@@ -68,7 +69,8 @@ def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
                 hi = mid - 1
         bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
         first = bos + (i_s - bos // BT - lo) * BT
-        return tl.zeros([], tl.int64), lo < N, first, tl.minimum(first + BT, eos)
+        end = tl.minimum(first + BT, eos)
+        return tl.zeros([], tl.int64), first, end, tl.where(lo < N, end, first)
 
 
 def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -91,7 +93,7 @@ def chunk_gates_kernel(
 ):
     """Running sums of the gates, in units of log 2, of BH heads over one chunk."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, _, first, end = block_bounds(cu_seqlens, i_s, N, T, BT)
+    i_b, first, end, _ = block_bounds(cu_seqlens, i_s, N, T, BT)
     o_t = first + tl.arange(0, BT)
     o_h = i_h * BH + tl.arange(0, BH)
     mask = (o_t < end)[:, None] & (o_h < H)[None, :]
@@ -147,21 +149,23 @@ def gate_gradient_kernel(
 ):
     """dg of BH heads over one anchor block, from its last chunk to its first."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, is_sequence, first, end = block_bounds(cu_seqlens, i_s, N, T, BA)
+    i_b, first, end, read_end = block_bounds(cu_seqlens, i_s, N, T, BA)
     o_h = i_h * BH + tl.arange(0, BH)
     m_h = o_h < H
 
     o_s = i_s.to(tl.int64) * H + o_h
+    # a limit and not a mask that is `& first < read_end`: the interpreter of triton 3.9 makes that mask int32, and refuses it
+    m_anchor = o_h < tl.where(first < read_end, H, 0)
     b_anchor = tl.zeros([BH], tl.float32)
     for i_k in tl.static_range(NK):
-        b_anchor += tl.load(s_ds + i_k * slots * H + o_s, mask=m_h & is_sequence & (first < end), other=0.0)
+        b_anchor += tl.load(s_ds + i_k * slots * H + o_s, mask=m_anchor, other=0.0)
 
     b_s = tl.zeros([BH], tl.float32)
     for i in tl.static_range(BA // BT):
         i_t = first + BA - (i + 1) * BT
         o_t = (i_t + tl.arange(0, BT)).to(tl.int64)
         mask = (o_t < end)[:, None] & m_h[None, :]
-        read = mask & is_sequence
+        read = (o_t < read_end)[:, None] & m_h[None, :]
         p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h
         b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * LOG2E
         o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
