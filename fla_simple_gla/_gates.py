@@ -19,8 +19,8 @@ The sum telescopes: rounding noise in w and z adds up while its value does not. 
   behind the chunk. The chunks before that one continue the sum, and take the crossing to be what remains of it, or zero
   where the chunk's decay is below the noise of such a difference.
 
-**Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries are on the
-device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
+**Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries
+are on the device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
 a bound the host knows. Some slots stay empty. The tokens behind the last sequence count as one more.
 """
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._gates import ANCHOR, LOG2E, chunk_gates, count_slots, gate_gradient, sequence_bounds
+from ._gates import ANCHOR, chunk_gates, count_slots, gate_gradient, sequence_bounds
 from ._layout import rows_in_place, sum_heads, transposed
 from ._triton import jit, runs_kernels, scratch, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -88,8 +88,8 @@ def sweep_kernel(
     k_b, k_t, k_h,
     v_b, v_t, v_h,
     x_b, x_t, x_h,
-    i_n_, i_h_, i_k_, i_v_,
-    o_n_, o_h_, o_k_, o_v_,
+    si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
     part,  # B * H * T
     c_part,  # chunk slots * H * BT
     slots,
@@ -155,7 +155,7 @@ def sweep_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
-        p_s = state_in + i_n.to(tl.int64) * i_n_ + i_h * i_h_ + o_k[:, None] * i_k_ + o_v[None, :] * i_v_
+        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -220,9 +220,8 @@ def sweep_kernel(
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
-        p_s = state_out + i_n.to(tl.int64) * o_n_ + i_h * o_h_ + o_k[:, None] * o_k_ + o_v[None, :] * o_v_
+        p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
         tl.store(p_s, b_s, mask=m_s)
-
 
 
 class Config(NamedTuple):
@@ -344,7 +343,7 @@ class FusedChunk(torch.autograd.Function):
         need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
         run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
-    
+
         anchors = None
         dq = dk = dv = dg = dh0 = None
         if need_g:
@@ -391,8 +390,8 @@ def fused_chunk_simple_gla(
         o_t = scale * S_t^T q_t
 
     Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
-    `torch.set_float32_matmul_precision` allows it. A sequence's results do not depend on what else is in the batch. Differentiable in
-    q, k, v, g, g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
+    `torch.set_float32_matmul_precision` allows it. A sequence's results do not depend on what else is in the batch.
+    Differentiable in q, k, v, g, g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
@@ -405,18 +404,18 @@ def fused_chunk_simple_gla(
         initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
             without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the state behind the last token.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one. It starts
-            at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
+            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
         state_v_first: states are `[N, H, V, K]`.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before anything is computed.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar gate of
-    Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
+    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 

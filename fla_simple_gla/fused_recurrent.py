@@ -58,8 +58,8 @@ def recurrent_kernel(
     v_b, v_t, v_h,
     g_b, g_t, g_h,
     x_b, x_t, x_h,
-    i_n_, i_h_, i_k_, i_v_,
-    o_n_, o_h_, o_k_, o_v_,
+    si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
     part,  # B * H * T
     H: tl.constexpr,
     GQ: tl.constexpr,
@@ -119,7 +119,7 @@ def recurrent_kernel(
         anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
 
     if state_in is not None:
-        p_s = state_in + i_n.to(tl.int64) * i_n_ + i_h * i_h_ + o_k[:, None] * i_k_ + o_v[None, :] * i_v_
+        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -169,7 +169,7 @@ def recurrent_kernel(
         i += -1 if ADJOINT else 1
 
     if state_out is not None:
-        p_s = state_out + i_n.to(tl.int64) * o_n_ + i_h * o_h_ + o_k[:, None] * o_k_ + o_v[None, :] * o_v_
+        p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
         tl.store(p_s, b_s, mask=m_s)
 
 
@@ -285,18 +285,18 @@ def fused_recurrent_simple_gla(
         output_final_state: whether to return the state behind the last token.
         reverse: walk each sequence from its last token to its first.
         state_v_first: states are `[N, H, V, K]`.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one. It starts
-            at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
+            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
         transpose_state_layout: deprecated name of state_v_first.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before anything is computed.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar gate of
-    Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
+    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 

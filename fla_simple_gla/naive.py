@@ -70,22 +70,23 @@ def naive_chunk_simple_gla(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Chunk by chunk: within a chunk the parallel form, between chunks the state.
 
-    With `D_ij = exp(g_{j+1} + ... + g_i)` inside a chunk that starts after state S:
+    With `D_ij = exp(g_{j+1} + ... + g_i)` inside a chunk of C tokens that starts after state S:
 
         o_i = scale * (sum_{j<=i} D_ij (q_i . k_j) v_j + exp(g_1 + ... + g_i) S^T q_i)
+        S'  = exp(g_1 + ... + g_C) S + sum_j D_Cj k_j v_j^T
 
     Arguments and results are those of `naive_recurrent_simple_gla`; `chunk_size` is the number of tokens in a chunk.
     """
 
     def chunks(q, k, v, g, S):
         o = []
-        for q, k, v, g in zip(*(x.split(chunk_size, 2) for x in (q, k, v, g))):
-            decay = _decay_mask(g)
-            # exp(g_1 + ... + g_i) is what the first row leaves of token 0, times token 0's own gate
-            from_start = decay[..., :, 0] * g[..., :1].exp()
-            inter = from_start[..., None] * (q @ S)
-            o.append((q @ k.mT * decay) @ v + inter)
-            S = from_start[..., -1, None, None] * S + (k * decay[..., -1, :, None]).mT @ v
+        for q_c, k_c, v_c, g_c in zip(*(x.split(chunk_size, 2) for x in (q, k, v, g))):
+            decay = _decay_mask(g_c)
+            # exp(g_1 + ... + g_i) is what is left of the first token at token i, times that token's own gate
+            from_start = decay[..., :, 0] * g_c[..., :1].exp()
+            inter = from_start[..., None] * (q_c @ S)
+            o.append((q_c @ k_c.mT * decay) @ v_c + inter)
+            S = from_start[..., -1, None, None] * S + (k_c * decay[..., -1, :, None]).mT @ v_c
         return torch.cat(o, 2), S
 
     return _by_sequence(chunks, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)

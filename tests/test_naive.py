@@ -1,4 +1,4 @@
-"""The specification itself: its three forms agree in fp64, its gradients are those of finite differences, and it is what the equation says."""
+"""The specification: it is what the equation says, its three forms agree in fp64, its gradients are those of finite differences."""
 
 import pytest
 import torch
