@@ -63,8 +63,8 @@ def time_shape(name, fn, shape, bandwidth):
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20
     floor = B * T * H * D * 2 / bandwidth * 1e3
     print(
-        f'{name:12} B{B} T{T} H{H} D{D}: forward {forward:.3f} (floor {4 * floor:.3f}), forward + backward {both:.3f} (floor {11 * floor:.3f}), '
-        f'{memory:.0f} MiB, error {error:.1e}',
+        f'{name:12} B{B} T{T} H{H} D{D}: forward {forward:.3f} (floor {4 * floor:.3f}), '
+        f'forward + backward {both:.3f} (floor {11 * floor:.3f}), {memory:.0f} MiB, error {error:.1e}',
         flush=True,
     )
 
@@ -94,7 +94,7 @@ print(f'first call on an empty cache: forward {t1 - t0:.1f} s, backward {time.ti
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', type=int, nargs=4, action='append', metavar=('B', 'T', 'H', 'D'))
-    parser.add_argument('--fla', action='store_true', help="time fla-core's fused_chunk_simple_gla beside ours (it tunes itself first: minutes)")
+    parser.add_argument('--fla', action='store_true', help="time fla-core's fused_chunk beside ours (it tunes itself first: minutes)")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f'{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}', flush=True)

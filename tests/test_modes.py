@@ -26,7 +26,8 @@ CASES = [
     Case(40, cu_seqlens=(0, 40), H=4, HK=2, gate='gamma'), Case(40, cu_seqlens=(0, 1, 2, 30), gate=None, initial_state=False),
     Case(40, cu_seqlens=(0, 0, 0)), Case(0, cu_seqlens=(0, 0)),
     # layouts and scale
-    Case(40, layout='qkv', B=2, HK=1), Case(40, layout='heads_first', B=2), Case(40, layout='odd'), Case(40, scale=0.3), Case(40, scale=-2.0),
+    Case(40, layout='qkv', B=2, HK=1), Case(40, layout='heads_first', B=2), Case(40, layout='odd'),
+    Case(40, scale=0.3), Case(40, scale=-2.0),
 ]  # fmt: skip
 
 FUSED_CHUNK_CASES = [
@@ -42,7 +43,8 @@ REVERSE_CASES = [
 
 GPU_CASES = [
     *(Case(200, K=D, V=D, H=3, dtype=dtype) for D in (8, 16, 32, 64, 100, 128, 256, 512) for dtype in (bf16, fp16, fp32)),
-    Case(1000, K=128, V=64, B=2, H=4, HK=2, dtype=bf16), Case(1000, K=64, V=256, B=2, H=4, dtype=bf16), Case(1000, K=192, V=160, dtype=bf16),
+    Case(1000, K=128, V=64, B=2, H=4, HK=2, dtype=bf16), Case(1000, K=64, V=256, B=2, H=4, dtype=bf16),
+    Case(1000, K=192, V=160, dtype=bf16),
     Case(1000, K=128, V=128, dtype=bf16, cu_seqlens=(0, 64, 65, 65, 700, 990)), Case(1000, K=64, V=64, dtype=bf16, gate='gamma'),
     Case(1000, K=128, V=128, dtype=bf16, gate=None, state_v_first=True), Case(1000, K=128, V=128, dtype=bf16, layout='qkv', B=2),
     Case(1000, K=128, V=128, dtype=bf16, layout='odd'), Case(1000, K=128, V=128, dtype=bf16, layout='heads_first', B=2),
