@@ -233,20 +233,29 @@ class Config(NamedTuple):
     stages: int
 
 
-# By bytes of an input number and the largest dim: configurations for Hopper, and for everything else.
+# Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
 #
-# Hopper, bf16, measured on one H200 (triton 3.6), ms of the sweeps for o, dq, dk and dv:
-#   D 128, B4 T4096 H64    BV  64, 4 warps, 2 stages (two programs to a multiprocessor)  0.40 0.51 0.61 0.39
-#                          3 stages (one program)                                        0.47 0.58 0.85 0.45
-#                          BV  32                                                        0.70 0.75 0.83 0.67
-#                          BV 128, 8 warps                                               0.61 0.85 0.89 0.58
-#   D 64, the same         3 stages 0.14 0.20 0.21 0.14; 2 stages 0.20 0.22 0.23 0.19; 4 stages 0.15 0.23 0.31 0.15
-#   D 256, B8 T2048 H32    BV 64, 4 warps, 1 stage 0.90 1.53 1.89 0.90; BV 32, 2 stages 1.39 1.54 1.90 1.39; 8 warps 1.33 1.70 1.73 1.32
-# fp32, B2 T2048 H16: chunks of 64 take 1.9 at D 128, where chunks of 32, too short for wgmma, take 4.7.
-# Rows of a V tile are 128 bytes there: with narrower ones triton 3.6 to 3.7.1 places wgmma operands where their reads leave the shared
-# memory, and some kernels fail (https://github.com/triton-lang/triton/issues/11366).
+# Hopper, measured on one H200 (triton 3.6), ms of the sweeps for o, dq, dk and dv:
+#   bf16, D 128, B4 T4096 H64   BV 64, 4 warps, 2 stages: two programs to a multiprocessor   0.40 0.50 0.61 0.39
+#                               3 stages: one program                                        0.45 0.54 0.91 0.44
+#                               BV 32                                                        0.64 0.71 0.79 0.70
+#                               BV 128, 8 warps                                              0.58 0.82 1.04 0.60
+#                               BT 32                                                        0.55 0.69 0.78 0.55
+#   bf16, D 64, B4 T4096 H64    BV 64, 4 warps, 3 stages                                     0.14 0.20 0.21 0.14
+#                               2 stages                                                     0.19 0.22 0.23 0.19
+#                               4 stages                                                     0.15 0.23 0.32 0.15
+#   bf16, D 256, B8 T2048 H32   BV 64, 4 warps, 1 stage                                      0.85 1.28 2.14 0.89
+#                               BV 32, 2 stages                                              1.37 1.50 1.91 1.40
+#                               BV 64, 8 warps, 2 stages                                     1.28 1.62 1.79 1.28
+#   bf16, D 512, B2 T1024 H8    BV 64, 8 warps, 1 stage                                      0.18 0.29 0.50 0.17
+#                               BT 32                                                        0.52 0.65 0.64 0.54
+#   fp32, D 128, B2 T2048 H16   BV 32, 4 warps, 1 stage                                      0.59 0.49 0.57 0.55
+#                               BT 32, 2 stages: too few rows for wgmma                      1.26 0.98 1.17 1.20
+#                               8 warps                                                      0.86 0.83 1.03 0.89
+# A V tile has rows of 128 bytes there: with shorter ones the wgmma operands of triton 3.6 can be read past the end of the shared
+# memory, and some kernels failed (https://github.com/triton-lang/triton/issues/11366, seen up to triton 3.7.1).
 #
-# Elsewhere the tables were only compiled (sm_80): no spills in 16 bits up to D 128, and no more than 64 KiB of shared memory.
+# The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of shared memory.
 HOPPER = {
     2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1), 512: Config(64, 64, 8, 1)},
     4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1), 256: Config(16, 32, 4, 1), 512: Config(16, 32, 8, 1)},
@@ -367,7 +376,9 @@ def fp32_precision(dtype: torch.dtype) -> str | None:
     """How fp32 products are computed: to fp32 accuracy, or in tf32 where the user has allowed it in PyTorch."""
     if dtype != torch.float32:
         return None
-    if torch.get_float32_matmul_precision() != 'highest':
+    matmul = torch.backends.cuda.matmul
+    # since torch 2.9 there is a new setting, which follows the older ones, while these raise once it was used
+    if matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32:
         return 'tf32'
     return 'ieee' if torch.version.hip else 'tf32x3'
 

@@ -103,18 +103,28 @@ def test_recurrent_gate_gradient_between_anchors(monkeypatch):
         check(case, run(MODES['fused_recurrent'], case, inputs), reference(case, inputs))
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_tf32_where_the_user_allows_it(mode):
+SETTINGS = {
+    'set_float32_matmul_precision': lambda allowed: torch.set_float32_matmul_precision('high' if allowed else 'highest'),
+    'allow_tf32': lambda allowed: setattr(torch.backends.cuda.matmul, 'allow_tf32', allowed),
+    'fp32_precision': lambda allowed: setattr(torch.backends.cuda.matmul, 'fp32_precision', 'tf32' if allowed else 'ieee'),
+}
+
+
+@pytest.mark.parametrize('setting', [name for name in SETTINGS if name != 'fp32_precision' or hasattr(torch.backends.cuda.matmul, name)])
+def test_tf32_where_the_user_allows_it(setting):
+    from fla_simple_gla.fused_chunk import fp32_precision
+
     case = Case(40, K=32, V=32)
     inputs = make_inputs(case)
-    exact = run(MODES[mode], case, inputs)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('high')
+    expected = reference(case, inputs)
+    SETTINGS[setting](True)
     try:
-        found = errors(run(MODES[mode], case, inputs), reference(case, inputs))
+        assert fp32_precision(torch.float32) == 'tf32'
+        found = errors(run(MODES['fused_chunk'], case, inputs), expected)
     finally:
-        torch.set_float32_matmul_precision(before)
+        SETTINGS[setting](False)
+    assert fp32_precision(torch.float32) == 'tf32x3'
     assert max(found.values()) < 2e-3, found
-    check(case, exact, reference(case, inputs))
-    if GPU and mode == 'fused_chunk':
+    if GPU:
         assert found['o'] > 1e-5, 'tf32 was allowed but not used'
+    check(case, run(MODES['fused_chunk'], case, inputs), expected)
