@@ -4,8 +4,9 @@
     python examples/train_lm.py --text book.txt    # or any file of yours
 
 Training and the reading of the prompt run through a parallel mode of the library, writing through its recurrent mode:
-the states that the one leaves are where the other starts, and they never grow. At its defaults this takes between one
-and two minutes on two CPU cores; where there is a CUDA device, the kernels run and the default model is larger.
+the states that the one leaves are where the other starts, and they never grow. At its defaults this takes about a
+minute on two CPU cores that are otherwise idle; where there is a CUDA device, the kernels run and the default model is
+larger.
 """
 
 import argparse
@@ -39,9 +40,6 @@ DEFAULTS = {
 
 # What the model remembers of the text so far: one state [batch, heads, head width, head width] a layer, in fp32.
 Memory = list[torch.Tensor]
-
-
-# ---------------------------------------------------------------- the model
 
 
 class Mixer(nn.Module):
@@ -130,9 +128,6 @@ class LanguageModel(nn.Module):
         width, heads = self.embed.embedding_dim, self.mixers[0].heads
         shape = (batch, heads, width // heads, width // heads)
         return [self.embed.weight.new_zeros(shape, dtype=torch.float32) for _ in self.mixers]
-
-
-# ---------------------------------------------------------------- training
 
 
 class Progress:
@@ -228,9 +223,6 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
                 fail('the loss is no longer a number: a smaller --lr may help')
 
 
-# ---------------------------------------------------------------- writing
-
-
 @torch.inference_mode()
 def compare_modes(model: LanguageModel, text: torch.Tensor) -> tuple[float, float]:
     """Read one text `[1, T]` in both ways; the largest difference between the logits, and the largest logit.
@@ -268,9 +260,6 @@ def printable(text: bytes) -> str:
     """Text for a terminal: a model that is free to write any byte must not send control codes."""
     characters = text.decode(errors='replace')
     return ''.join(c if c.isprintable() or c in '\n\t' else '\N{REPLACEMENT CHARACTER}' for c in characters)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def fail(message: str) -> NoReturn:
