@@ -206,7 +206,7 @@ def gate_gradient(
     if slots:
         BH = min(8, triton.next_power_of_2(H))
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        # the noise of <S, dS> - sum z_inter is about an eighth of the unit roundoff
+        # relative to <S, dS>, the noise of <S, dS> - sum z_inter is about an eighth of the dtype's eps
         negligible = math.log2(torch.finfo(dtype).eps) - 3
         gate_gradient_kernel[(slots, triton.cdiv(H, BH))](
             g, dg, w, z, z_inter, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, slots,

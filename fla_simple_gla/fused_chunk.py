@@ -20,9 +20,10 @@ The gradients are three more sweeps by the same kernel, with other tensors in th
 A sweep back in time starts from the gradient of the final state and leaves that of the initial one. The state there is
 dS = sum scale * q do^T: the scale is part of it, while the forward state has none.
 
-For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, and <S, dS> every few chunks
-(`_gates.py` says why and how they add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a
-chunk, and both sweeps round the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
+For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, the part of k . dk that comes from the
+carried state, and every few chunks the product of the S before a chunk with the dS behind it (`_gates.py` says why and how they
+add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a chunk, and both sweeps round the same
+decayed do_i . v_j, so that these cancel to fp32 accuracy.
 """
 
 import functools

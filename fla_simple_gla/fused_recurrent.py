@@ -186,7 +186,7 @@ def run_recurrence(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     BK = triton.next_power_of_2(K)
-    # 64 numbers of the state to a thread
+    # with the number of warps below: at most 64 numbers of the state to a thread
     BV = min(triton.next_power_of_2(V), 16 if BK <= 256 else 8)
     NV = triton.cdiv(V, BV)
     dg = None

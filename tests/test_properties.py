@@ -4,9 +4,10 @@ import pytest
 import torch
 from harness import DEVICE, GPU, MODES, TOLERANCE, Case, check, make_inputs, poisoned_memory, reference, rms_error, run
 
+from fla_simple_gla._layout import rows_in_place
+
 INF = float('inf')
 HALF = torch.bfloat16 if GPU else torch.float16
-FUSED_CHUNK, FUSED_RECURRENT = MODES['fused_chunk'], MODES['fused_recurrent']
 # long enough for several chunks and anchor blocks of the sweep; the interpreter goes token by token slowly
 LENGTH = {'fused_chunk': 600 if GPU else 150, 'fused_recurrent': 100 if GPU else 20}
 D = 64 if GPU else 16
@@ -171,8 +172,15 @@ def test_gradient_through_the_state_alone(mode):
     assert (q.grad == 0).all()
 
 
+@pytest.mark.parametrize('layout', ['contiguous', 'qkv', 'heads_first', 'odd'])
+def test_no_layout_with_contiguous_rows_is_copied(layout):
+    inputs = make_inputs(Case(20, B=2, layout=layout))
+    for name in ('q', 'k', 'v', 'do'):
+        assert rows_in_place(inputs[name]) is inputs[name], name
+
+
 @pytest.mark.parametrize('mode', MODES)
-def test_inputs_are_read_in_place_and_left_alone(mode):
+def test_inputs_are_left_alone(mode):
     case = Case(20, K=D, V=D, layout='qkv')
     inputs = make_inputs(case)
     copies = {name: None if x is None else x.clone() for name, x in inputs.items()}
@@ -261,11 +269,11 @@ if GPU:
         g = torch.full((1, T, H), -0.05, device='cuda')
         g[:, half] = -INF
         leaves = [x.requires_grad_() for x in (q, k, v, g)]
-        o, ht = FUSED_CHUNK(*leaves, output_final_state=True)
+        o, ht = MODES['fused_chunk'](*leaves, output_final_state=True)
         whole = [o, ht, *torch.autograd.grad(o, leaves, do)]
         assert o.numel() > 2**31
         leaves = [x.detach()[:, half:].clone().requires_grad_() for x in (q, k, v, g)]
-        o, ht = FUSED_CHUNK(*leaves, output_final_state=True)
+        o, ht = MODES['fused_chunk'](*leaves, output_final_state=True)
         part = [o, ht, *torch.autograd.grad(o, leaves, do[:, half:])]
         for name, a, b in zip(('o', 'ht', 'dq', 'dk', 'dv', 'dg'), whole, part, strict=True):
             if name != 'ht':
