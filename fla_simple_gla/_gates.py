@@ -18,6 +18,8 @@ The sum telescopes: rounding noise in w and z adds up while its value does not. 
 - The sweep for dq leaves S before the last chunk of every `ANCHOR` tokens, and the one for dk multiplies it by the dS it holds
   behind the chunk. The chunks before that one continue the sum, and take the crossing to be what remains of it, or zero
   where the chunk's decay is below the noise of such a difference.
+- So do they at the last chunk but one of a sequence. The last may have few tokens, and a final state's gradient, which can be far
+  larger than all else, then decays in the one before it.
 
 **Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries
 are on the device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
@@ -49,7 +51,7 @@ def sequence_bounds(cu_seqlens, i_n, N, T):
 
 @jit
 def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
-    """Of slot i_s: its row of the batch, its first token, the one after its last, and that again if a sequence owns them, else first.
+    """Of slot i_s: its row of the batch, its sequence, its first token, the one after its last, and the one after the sequence's last.
 
     first >= end in an empty slot.
     """
@@ -57,7 +59,7 @@ def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
         NT = tl.cdiv(T, BT)
         first = i_s % NT * BT
         end = tl.minimum(first + BT, T)
-        return (i_s // NT).to(tl.int64), first, end, end
+        return (i_s // NT).to(tl.int64), i_s // NT, first, end, T
     else:
         lo = 0
         hi = N
@@ -70,7 +72,7 @@ def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
         bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
         first = bos + (i_s - bos // BT - lo) * BT
         end = tl.minimum(first + BT, eos)
-        return tl.zeros([], tl.int64), first, end, tl.where(lo < N, end, first)
+        return tl.zeros([], tl.int64), lo, first, end, eos
 
 
 def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -93,7 +95,7 @@ def chunk_gates_kernel(
 ):
     """Running sums of the gates, in units of log 2, of BH heads over one chunk."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, first, end, _ = block_bounds(cu_seqlens, i_s, N, T, BT)
+    i_b, _, first, end, _ = block_bounds(cu_seqlens, i_s, N, T, BT)
     o_t = first + tl.arange(0, BT)
     o_h = i_h * BH + tl.arange(0, BH)
     mask = (o_t < end)[:, None] & (o_h < H)[None, :]
@@ -129,18 +131,18 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     return c
 
 
-@jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'slots'])
+@jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'blocks'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
     z_inter,  # [NK, B, H, T]: what of z comes from the gradient of the state behind the chunk
-    s_ds,  # [NK, slots, H]: <S before, dS behind> the last chunk of each anchor block
+    s_ds,  # [NK, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
     cu_seqlens,  # [N + 1] or None
     N, T,
     negligible,  # the decay of a chunk, in units of log 2, from which on nothing crosses it
     g_b, g_t, g_h,
     part,  # B * H * T
-    slots,
+    blocks,
     NK: tl.constexpr,
     H: tl.constexpr,
     BA: tl.constexpr,
@@ -149,16 +151,19 @@ def gate_gradient_kernel(
 ):
     """dg of BH heads over one anchor block, from its last chunk to its first."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, first, end, read_end = block_bounds(cu_seqlens, i_s, N, T, BA)
+    i_b, i_n, first, end, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
+    read_end = tl.where(i_n < N, end, first)
     o_h = i_h * BH + tl.arange(0, BH)
     m_h = o_h < H
 
-    o_s = i_s.to(tl.int64) * H + o_h
     # a limit and not a mask that is `& first < read_end`: the interpreter of triton 3.9 makes that mask int32, and refuses it
     m_anchor = o_h < tl.where(first < read_end, H, 0)
-    b_anchor = tl.zeros([BH], tl.float32)
-    for i_k in tl.static_range(NK):
-        b_anchor += tl.load(s_ds + i_k * slots * H + o_s, mask=m_anchor, other=0.0)
+    b_last = tl.zeros([BH], tl.float32)
+    b_last_but_one = tl.zeros([BH], tl.float32)
+    for _ in tl.static_range(NK):
+        b_last += tl.load(s_ds + i_s * H + o_h, mask=m_anchor, other=0.0)
+        b_last_but_one += tl.load(s_ds + (blocks + i_n) * H + o_h, mask=m_anchor, other=0.0)
+        s_ds += (blocks + N) * H
 
     b_s = tl.zeros([BH], tl.float32)
     for i in tl.static_range(BA // BT):
@@ -167,7 +172,7 @@ def gate_gradient_kernel(
         mask = (o_t < end)[:, None] & m_h[None, :]
         read = (o_t < read_end)[:, None] & m_h[None, :]
         p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h
-        b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        b_g = tl.load(p_g, mask=read, other=0.0).to(tl.float32) * LOG2E
         o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
         b_w = tl.zeros([BT, BH], tl.float32)
         b_z = tl.zeros([BT, BH], tl.float32)
@@ -178,7 +183,10 @@ def gate_gradient_kernel(
         decay = tl.sum(b_g, 0)
         z_sum = tl.sum(b_z, 0)
         is_last = (i_t < end) & (i_t + BT >= tl.minimum(end, first + BA))
-        crossing = tl.where(is_last, b_anchor * tl.exp2(decay), tl.where(decay < negligible, 0.0, b_s - z_sum))
+        is_last_but_one = (i_t + BT < eos) & (i_t + 2 * BT >= eos)
+        crossing = tl.where(decay < negligible, 0.0, b_s - z_sum)
+        crossing = tl.where(is_last_but_one, b_last_but_one * tl.exp2(decay), crossing)
+        crossing = tl.where(is_last, b_last * tl.exp2(decay), crossing)
         b_s = crossing + z_sum
         # nothing crosses a reset: what is left of the sums there is their rounding
         b_dg = tl.where(b_g < UNDERFLOW, 0.0, tl.cumsum(b_w, 0, reverse=True) + b_s[None, :])
@@ -196,20 +204,20 @@ def gate_gradient(
     dtype: torch.dtype,
     cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from `w, z, z_inter [NK, B, H, T]` and `s_ds [NK, slots, H]`.
+    """`dg [B, T, H]`, in g's dtype, from `w, z, z_inter [NK, B, H, T]` and `s_ds [NK, blocks + N, H]`.
 
     BT is the size of the chunks, and dtype that of the products they were computed in.
     """
     B, T, H = g.shape
     dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
-    NK, slots = s_ds.shape[:2]
-    if slots:
+    blocks = count_slots(B, T, ANCHOR, cu_seqlens)
+    if blocks:
         BH = min(8, triton.next_power_of_2(H))
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         # relative to <S, dS>, the noise of <S, dS> - sum z_inter is about an eighth of the dtype's eps
         negligible = math.log2(torch.finfo(dtype).eps) - 3
-        gate_gradient_kernel[(slots, triton.cdiv(H, BH))](
-            g, dg, w, z, z_inter, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, slots,
-            NK=NK, H=H, BA=ANCHOR, BT=BT, BH=BH, num_warps=4,
+        gate_gradient_kernel[(blocks, triton.cdiv(H, BH))](
+            g, dg, w, z, z_inter, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, blocks,
+            NK=s_ds.shape[0], H=H, BA=ANCHOR, BT=BT, BH=BH, num_warps=4,
         )
     return dg

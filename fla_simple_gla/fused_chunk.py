@@ -69,7 +69,7 @@ def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, 
         tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'slots', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'blocks', 'scale'])
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -80,8 +80,8 @@ def sweep_kernel(
     x,  # [B, T, H // GV, V], or None
     x_o,  # [NV, B, H, T]: rows x . o, over the V tile
     x_inter,  # [NV, B, H, T]: the same with what of o comes from the carried state, back in time only
-    anchors,  # [slots, H, K, V]: states before the last chunks of anchor blocks, left forward in time and read back in time
-    s_ds,  # [NV, slots, H]: <anchor, state behind the chunk>, over the V tile, back in time only
+    anchors,  # [blocks + N, H, K, V]: states before some chunks (`_gates.py`), left forward in time and read back in time
+    s_ds,  # [NV, blocks + N, H]: <anchor, state behind the chunk>, over the V tile, back in time only
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -93,7 +93,7 @@ def sweep_kernel(
     so_n, so_h, so_k, so_v,
     part,  # B * H * T
     c_part,  # chunk slots * H * BT
-    slots,
+    blocks,  # anchor blocks
     H: tl.constexpr,
     GQ: tl.constexpr,
     GV: tl.constexpr,
@@ -149,9 +149,9 @@ def sweep_kernel(
     if x is not None:
         r_x = open_rows(x + i_b * x_b + first * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
         o_x = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + first
-        anchors += (a_slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        anchors += i_h * K * V + o_k[:, None] * V + o_v[None, :]
         if REVERSE:
-            s_ds += (i_v.to(tl.int64) * slots + a_slot) * H + i_h
+            s_ds += i_v.to(tl.int64) * (blocks + N) * H + i_h
     if c is not None:
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
@@ -169,8 +169,9 @@ def sweep_kernel(
         b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
 
         if x is not None:
-            if (i_c + 1) % (BA // BT) == 0 or i_c == NT - 1:
-                i_a = (i_t // BA).to(tl.int64)
+            ends_block = ((i_c + 1) % (BA // BT) == 0) | (i_c == NT - 1)
+            if ends_block | (i_c == NT - 2):
+                i_a = tl.where(ends_block, a_slot + i_t // BA, blocks + i_n).to(tl.int64)
                 p_a = anchors + i_a * (H * K * V)
                 if REVERSE:
                     b_a = tl.load(p_a, mask=m_s, other=0.0).to(tl.float32)
@@ -284,7 +285,7 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Co
 
 def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
     """One sweep: `o`, and with x also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried
-    state, and `<anchor, state> [NV, slots, H]`.
+    state, and `<anchor, state> [NV, blocks + N, H]`.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -296,13 +297,11 @@ def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
     x_o = x_inter = s_ds = None
-    slots = 0
     if x is not None:
-        slots = anchors.shape[0]
         x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
         if reverse:
             x_inter = torch.empty_like(x_o)
-            s_ds = torch.empty(NV, slots, H, dtype=torch.float32, device=q.device)
+            s_ds = torch.empty(NV, anchors.shape[0], H, dtype=torch.float32, device=q.device)
     # with packed sequences one more, the tokens behind them, which gets zeros
     programs = (N + (cu_seqlens is not None)) * H * NV
     if programs:
@@ -314,7 +313,7 @@ def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=
             scale, N, T,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
             *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-            B * H * T, 0 if c is None else c[0].numel(), slots,
+            B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, ANCHOR, cu_seqlens),
             H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
             BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
             REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages,
@@ -358,7 +357,8 @@ class FusedChunk(torch.autograd.Function):
         dq = dk = dv = dg = dh0 = None
         if need_g:
             B, T, H, V = v.shape
-            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1])
+            N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens) + N, H, V, q.shape[-1])
         if need_q or need_g:
             dq, w, *_ = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
         if need_k or need_g:

@@ -87,6 +87,19 @@ def test_a_packed_sequence_is_that_sequence_alone(mode, dtype):
 
 
 @pytest.mark.parametrize('mode', MODES)
+def test_tokens_behind_the_last_sequence_are_not_read(mode):
+    """Padding may hold anything: its outputs and gradients are zero, and nothing of it gets into the others."""
+    case = Case(30, K=D, V=D, cu_seqlens=(0, 7, 19))
+    inputs = make_inputs(case)
+    expected = reference(case, inputs)
+    for name in ('q', 'k', 'v', 'g', 'do'):
+        inputs[name][:, 19:] = float('nan')
+    results = run(MODES[mode], case, inputs)
+    check(case, results, expected)
+    assert all((results[name][:, 19:] == 0).all() for name in ('o', 'dq', 'dk', 'dv', 'dg'))
+
+
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 def test_batch_invariance(mode, dtype):
     case = Case(LENGTH[mode], B=3, K=D, V=D, dtype=dtype)
