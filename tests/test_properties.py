@@ -145,6 +145,17 @@ def test_nothing_crosses_a_reset(mode, gate):
     assert (first['dg'][:, t] == 0).all()
 
 
+def test_no_noise_crosses_a_reset():
+    """What follows a reset may be far larger than what is before it: its rounding must not get into the gate gradient there."""
+    t = 40
+    case = Case(300, K=D, V=D, dtype=HALF, memory=100, resets=((t, -INF),))
+    inputs = make_inputs(case)
+    for name in ('v', 'do'):
+        inputs[name][:, t:] *= 30
+    found, expected = run(MODES['fused_chunk'], case, inputs)['dg'], reference(case, inputs)['dg']
+    assert rms_error(found[:, :t], expected[:, :t]) <= TOLERANCE[HALF][1]
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_expanded_gradient(mode):
     """`.sum().backward()` passes a gradient with strides of zero."""
