@@ -1,10 +1,12 @@
-"""Time the modes on a GPU: forward, forward + backward, the memory they add and the first call on an empty kernel cache.
+"""Time the modes on a GPU: forward, forward + backward, host time, the memory they add, the first call on an empty kernel cache.
 
     python benchmarks/run.py [--shape B T H D]... [--fla]
 
 Times are medians of `triton.testing.do_bench`, in milliseconds. The floor is the bytes that have to move, over the bandwidth of a
 large copy measured in the same run: 4 passes forward (q, k, v read and o written once), 11 for forward + backward (backward reads
-q, k, v, do and writes dq, dk, dv). Before a shape is timed, its o and gradients for the first heads are compared with naive in fp64.
+q, k, v, do and writes dq, dk, dv). The host time is how long a call keeps the CPU while the GPU has other work: where the kernels
+take less, it is what the medians show. Before a shape is timed, its o and gradients for the first heads are compared with naive in
+fp64.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 from triton.testing import do_bench
@@ -23,6 +26,16 @@ SHAPES = [(4, 4096, 64, 128), (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048,
 
 def median(fn) -> float:
     return do_bench(fn, warmup=25, rep=100, return_mode='median')
+
+
+def host_time(fn, calls=20) -> float:
+    """Milliseconds of a call on the host, with the GPU kept busy so that no call waits for it."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # cycles, some half a second
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    return (time.perf_counter() - start) / calls * 1e3
 
 
 def copy_bandwidth() -> float:
@@ -54,17 +67,23 @@ def time_shape(name, fn, shape, bandwidth):
     B, T, H, D = shape
     leaves, do = inputs(*shape)
     error = worst_error(fn, leaves, do)
-    forward = median(lambda: fn(*leaves))
-    both = median(lambda: torch.autograd.grad(fn(*leaves)[0], leaves, do))
+
+    def forward():
+        return fn(*leaves)[0]
+
+    def both():
+        return torch.autograd.grad(forward(), leaves, do)
+
+    times = [f(x) for x in (forward, both) for f in (median, host_time)]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.autograd.grad(fn(*leaves)[0], leaves, do)
+    both()
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20
     floor = B * T * H * D * 2 / bandwidth * 1e3
     print(
-        f'{name:12} B{B} T{T} H{H} D{D}: forward {forward:.3f} (floor {4 * floor:.3f}), '
-        f'forward + backward {both:.3f} (floor {11 * floor:.3f}), {memory:.0f} MiB, error {error:.1e}',
+        f'{name:12} B{B} T{T} H{H} D{D}: forward {times[0]:.3f} (floor {4 * floor:.3f}, host {times[1]:.3f}), '
+        f'forward + backward {times[2]:.3f} (floor {11 * floor:.3f}, host {times[3]:.3f}), {memory:.0f} MiB, error {error:.1e}',
         flush=True,
     )
 
