@@ -36,7 +36,8 @@ class Case:
     state_v_first: bool = False
     reverse: bool = False
     scale: float | None = None
-    layout: str = 'contiguous'  # or 'qkv': slices of one projection; 'heads_first'; 'odd': rows not aligned to 16 bytes
+    # or 'qkv': slices of one projection; 'heads_first'; 'odd': rows not aligned to 16 bytes; 'wide': rows of aligned, wider ones
+    layout: str = 'contiguous'
     seed: int = 0
 
     def __str__(self):
@@ -81,6 +82,9 @@ def place(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == 'odd':
         return torch.cat([x[..., :1], x], -1)[..., 1:]
+    if layout == 'wide':
+        D = x.shape[-1]
+        return torch.nn.functional.pad(x, (0, 16 - D % 8), value=float('nan'))[..., :D]
     return x
 
 

@@ -28,6 +28,7 @@ CASES = [
     Case(40, cu_seqlens=(0, 0, 0)), Case(0, cu_seqlens=(0, 0)),
     # layouts and scale
     Case(40, layout='qkv', B=2, HK=1), Case(40, layout='heads_first', B=2), Case(40, layout='odd'),
+    Case(40, layout='wide', K=20, V=12),
     Case(40, scale=0.3), Case(40, scale=-2.0),
 ]  # fmt: skip
 
@@ -49,6 +50,9 @@ GPU_CASES = [
     Case(1000, K=128, V=128, dtype=bf16, cu_seqlens=(0, 64, 65, 65, 700, 990)), Case(1000, K=64, V=64, dtype=bf16, gate='gamma'),
     Case(1000, K=128, V=128, dtype=bf16, gate=None, state_v_first=True), Case(1000, K=128, V=128, dtype=bf16, layout='qkv', B=2),
     Case(1000, K=128, V=128, dtype=bf16, layout='odd'), Case(1000, K=128, V=128, dtype=bf16, layout='heads_first', B=2),
+    # rows whose gaps are aligned and their ends are not: what is read through descriptors must stop there
+    Case(1000, K=100, V=64, dtype=bf16, layout='wide'), Case(1000, K=64, V=1, dtype=fp16, layout='wide'),
+    Case(300, K=1, V=64, layout='wide'),
     Case(1000, K=128, V=128, dtype=bf16, resets=((0, -INF), (500, -1e30), (501, -INF), (640, -90.0), (999, -1e4)), memory=300),
     Case(1000, K=128, V=128, dtype=bf16, gate_dtype=bf16, state_dtype=bf16), Case(3000, K=128, V=128, memory=1000),
 ]  # fmt: skip
