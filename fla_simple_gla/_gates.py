@@ -20,16 +20,13 @@ The sum telescopes: rounding noise in w and z adds up while its value does not. 
   where the chunk's decay is below the noise of such a difference.
 - So do they at the last chunk but one of a sequence. The last may have few tokens, and a final state's gradient, which can be far
   larger than all else, then decays in the one before it.
-
-**Slots.** A kernel that cuts packed sequences into blocks of `BT` tokens needs to know which block is whose, and the boundaries
-are on the device. Sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for it, and `T // BT + N + 1` in all is
-a bound the host knows. Some slots stay empty. The tokens behind the last sequence count as one more.
 """
 
 import math
 
 import torch
 
+from ._blocks import block_bounds, count_sequences, count_slots
 from ._triton import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,45 +36,6 @@ RESET = tl.constexpr(-256.0)
 
 # Tokens between two anchors of the gate gradient.
 ANCHOR = 128
-
-
-@jit
-def sequence_bounds(cu_seqlens, i_n, N, T):
-    """First token of sequence i_n and the one after its last; sequence N is what lies behind the others."""
-    bos = tl.load(cu_seqlens + i_n).to(tl.int32)
-    eos = tl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T).to(tl.int32)
-    return bos, eos
-
-
-@jit
-def block_bounds(cu_seqlens, i_s, N, T, BT: tl.constexpr):
-    """Of slot i_s: its row of the batch, its sequence, its first token, the one after its last, and the one after the sequence's last.
-
-    first >= end in an empty slot.
-    """
-    if cu_seqlens is None:
-        NT = tl.cdiv(T, BT)
-        first = i_s % NT * BT
-        end = tl.minimum(first + BT, T)
-        return (i_s // NT).to(tl.int64), i_s // NT, first, end, T
-    else:
-        lo = 0
-        hi = N
-        while lo < hi:
-            mid = (lo + hi + 1) // 2
-            if tl.load(cu_seqlens + mid).to(tl.int32) // BT + mid <= i_s:
-                lo = mid
-            else:
-                hi = mid - 1
-        bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
-        first = bos + (i_s - bos // BT - lo) * BT
-        end = tl.minimum(first + BT, eos)
-        return tl.zeros([], tl.int64), lo, first, end, eos
-
-
-def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Blocks of BT tokens in a batch, or a bound on them, the tokens behind the last sequence included."""
-    return B * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0]
 
 
 @jit(do_not_specialize=['N', 'T', 'part'])
@@ -95,7 +53,7 @@ def chunk_gates_kernel(
 ):
     """Running sums of the gates, in units of log 2, of BH heads over one chunk."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, _, first, end, _ = block_bounds(cu_seqlens, i_s, N, T, BT)
+    i_b, _, first, end, _, _ = block_bounds(cu_seqlens, i_s, N, T, BT)
     o_t = first + tl.arange(0, BT)
     o_h = i_h * BH + tl.arange(0, BH)
     mask = (o_t < end)[:, None] & (o_h < H)[None, :]
@@ -123,7 +81,7 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     slots = count_slots(B, T, BT, cu_seqlens)
     c = torch.empty(1 + two_parts, slots, H, BT, dtype=torch.float32, device=g.device)
     if slots:
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = count_sequences(B, cu_seqlens)
         BH = min(16, triton.next_power_of_2(H))
         chunk_gates_kernel[(slots, triton.cdiv(H, BH))](
             g, c, cu_seqlens, N, T, *g.stride(), c[0].numel(), H=H, BT=BT, BH=BH, TWO_PARTS=two_parts, num_warps=4,
@@ -151,7 +109,7 @@ def gate_gradient_kernel(
 ):
     """dg of BH heads over one anchor block, from its last chunk to its first."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, i_n, first, end, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
+    i_b, i_n, first, end, _, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
     read_end = tl.where(i_n < N, end, first)
     o_h = i_h * BH + tl.arange(0, BH)
     m_h = o_h < H
@@ -213,7 +171,7 @@ def gate_gradient(
     blocks = count_slots(B, T, ANCHOR, cu_seqlens)
     if blocks:
         BH = min(8, triton.next_power_of_2(H))
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = count_sequences(B, cu_seqlens)
         # relative to <S, dS>, the noise of <S, dS> - sum z_inter is about an eighth of the dtype's eps
         negligible = math.log2(torch.finfo(dtype).eps) - 3
         gate_gradient_kernel[(blocks, triton.cdiv(H, BH))](

@@ -1,6 +1,56 @@
-"""What the modes do with tensors around their kernels: rows read in place, head groups summed, states transposed."""
+"""How tensors lie in memory: rows that kernels read in place, head groups that are summed, states that are transposed."""
+
+import functools
 
 import torch
+
+from ._triton import jit, scratch, tl, triton
+
+
+@jit
+def open_rows(p, stride, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """What `load_rows` and `store_rows` need of L rows of D numbers at p: a descriptor, or the pointer itself."""
+    if TMA:
+        return tl.make_tensor_descriptor(p, [tl.maximum(L, 1), D], [stride, 1], [BT, BD])
+    else:
+        return p
+
+
+@jit
+def load_rows(rows, stride, L, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows i_t to i_t + BT, columns i_d to i_d + BD; zero outside."""
+    if TMA:
+        return rows.load([i_t, i_d])
+    else:
+        o_t = i_t + tl.arange(0, BT)
+        o_d = i_d + tl.arange(0, BD)
+        return tl.load(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=(o_t < L)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@jit
+def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        rows.store([i_t, i_d], x)
+    else:
+        o_t = i_t + tl.arange(0, BT)
+        o_d = i_d + tl.arange(0, BD)
+        tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def use_descriptors(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel is to read and write these tensors through descriptors: on Hopper, if their rows are aligned to 16 bytes."""
+    given = [x for x in tensors if x is not None]
+    tma = is_hopper(given[0].device) and all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3]) for x in given
+    )
+    if tma:
+        triton.set_allocator(scratch)
+    return tma
 
 
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:

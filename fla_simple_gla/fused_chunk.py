@@ -32,49 +32,20 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._gates import ANCHOR, chunk_gates, count_slots, gate_gradient, sequence_bounds
-from ._layout import rows_in_place, sum_heads, transposed
-from ._triton import jit, runs_kernels, scratch, tl, triton
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import ANCHOR, chunk_gates, gate_gradient
+from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
+from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .naive import naive_chunk_simple_gla
 
 
-@jit
-def open_rows(p, stride, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """What `load_rows` and `store_rows` need of L rows of D numbers at p: a descriptor, or the pointer itself."""
-    if TMA:
-        return tl.make_tensor_descriptor(p, [tl.maximum(L, 1), D], [stride, 1], [BT, BD])
-    else:
-        return p
-
-
-@jit
-def load_rows(rows, stride, L, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """Rows i_t to i_t + BT, columns i_d to i_d + BD; zero outside."""
-    if TMA:
-        return rows.load([i_t, i_d])
-    else:
-        o_t = i_t + tl.arange(0, BT)
-        o_d = i_d + tl.arange(0, BD)
-        return tl.load(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=(o_t < L)[:, None] & (o_d < D)[None, :], other=0.0)
-
-
-@jit
-def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    if TMA:
-        rows.store([i_t, i_d], x)
-    else:
-        o_t = i_t + tl.arange(0, BT)
-        o_d = i_d + tl.arange(0, BD)
-        tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
-
-
-@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'blocks', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'segment', 'part', 'c_part', 'blocks', 'scale'])
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
-    state_in,  # [N, H, K, V], any strides, or None
+    state_in,  # [N or segment slots, H, K, V], any strides, or None
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
@@ -85,6 +56,7 @@ def sweep_kernel(
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
+    segment,  # tokens
     q_b, q_t, q_h,
     k_b, k_t, k_h,
     v_b, v_t, v_h,
@@ -104,38 +76,46 @@ def sweep_kernel(
     BV: tl.constexpr,
     BA: tl.constexpr,
     REVERSE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TWO_PARTS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """o and the last state of one head of one sequence, in BV columns of V."""
+    """o and the last state of one head of one sequence, or of one segment of it, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
-    i_n = tl.program_id(0) // (NV * H)
-    if cu_seqlens is None:
-        i_b = i_n.to(tl.int64)
-        first = 0
-        L = T
-        a_slot = i_n * tl.cdiv(T, BA)
-        c_slot = i_n * tl.cdiv(T, BT)
+    i_s = tl.program_id(0) // (NV * H)
+    if SEGMENTS:
+        i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
+        if (first >= end) & (first > bos):
+            return
     else:
-        i_b = tl.zeros([], tl.int64)
-        first, end = sequence_bounds(cu_seqlens, i_n, N, T)
-        L = end - first
-        a_slot = first // BA + i_n
-        c_slot = first // BT + i_n
+        i_n = i_s
+        if cu_seqlens is None:
+            i_b = i_n.to(tl.int64)
+            bos = i_n * 0
+            eos = bos + T
+        else:
+            i_b = tl.zeros([], tl.int64)
+            bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
+        first = bos
+        end = eos
+    L = end - first
     NT = tl.cdiv(L, BT)
+    last_but_one = tl.cdiv(eos - first, BT) - 2
+    a_slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA
+    c_slot = first_slot(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
 
     r = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     before = (r[:, None] <= r[None, :]) if REVERSE else (r[:, None] >= r[None, :])
-    first = first.to(tl.int64) if cu_seqlens is not None else i_b * 0
+    i_f = first.to(tl.int64)
 
-    r_o = open_rows(o + ((i_b * T + first) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
+    r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
     if cu_seqlens is not None:
         # the tokens behind the last sequence
         if i_n == N:
@@ -143,12 +123,12 @@ def sweep_kernel(
                 store_rows(r_o, H * V, L, i_t * BT, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
 
-    r_q = open_rows(q + i_b * q_b + first * q_t + i_h // GQ * q_h, q_t, L, K, BT, BK, TMA)
-    r_k = open_rows(k + i_b * k_b + first * k_t + i_h // GQ * k_h, k_t, L, K, BT, BK, TMA)
-    r_v = open_rows(v + i_b * v_b + first * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
+    r_q = open_rows(q + i_b * q_b + i_f * q_t + i_h // GQ * q_h, q_t, L, K, BT, BK, TMA)
+    r_k = open_rows(k + i_b * k_b + i_f * k_t + i_h // GQ * k_h, k_t, L, K, BT, BK, TMA)
+    r_v = open_rows(v + i_b * v_b + i_f * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
     if x is not None:
-        r_x = open_rows(x + i_b * x_b + first * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
-        o_x = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + first
+        r_x = open_rows(x + i_b * x_b + i_f * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
+        o_x = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + i_f
         anchors += i_h * K * V + o_k[:, None] * V + o_v[None, :]
         if REVERSE:
             s_ds += i_v.to(tl.int64) * (blocks + N) * H + i_h
@@ -156,7 +136,7 @@ def sweep_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
-        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        p_s = state_in + i_s.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -170,7 +150,7 @@ def sweep_kernel(
 
         if x is not None:
             ends_block = ((i_c + 1) % (BA // BT) == 0) | (i_c == NT - 1)
-            if ends_block | (i_c == NT - 2):
+            if ends_block | (i_c == last_but_one):
                 i_a = tl.where(ends_block, a_slot + i_t // BA, blocks + i_n).to(tl.int64)
                 p_a = anchors + i_a * (H * K * V)
                 if REVERSE:
@@ -222,8 +202,10 @@ def sweep_kernel(
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
-        p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
-        tl.store(p_s, b_s, mask=m_s)
+        # the last segment's
+        if (first == bos if REVERSE else end == eos):
+            p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+            tl.store(p_s, b_s, mask=m_s)
 
 
 class Config(NamedTuple):
@@ -268,11 +250,6 @@ OTHERS = {
 }
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration of a sweep with a state `[K, V]`.
 
@@ -283,16 +260,27 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Co
     return by_rows._replace(BT=by_both.BT)
 
 
-def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=None, x=None, anchors=None, reverse=False):
-    """One sweep: `o`, and with x also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried
-    state, and `<anchor, state> [NV, blocks + N, H]`.
+def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    """The sums of the gates in the chunks of the sweeps."""
+    if g is None:
+        return None
+    BT = sweep_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+    return chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+
+
+def sweep(
+    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, reverse=False,
+):
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
+    also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried state, and `<anchor, state> [NV, blocks
+    + N, H]`.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(B, cu_seqlens)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
@@ -303,74 +291,78 @@ def sweep(q, k, v, c, scale, cu_seqlens, precision, *, state_in=None, state_out=
             x_inter = torch.empty_like(x_o)
             s_ds = torch.empty(NV, anchors.shape[0], H, dtype=torch.float32, device=q.device)
     # with packed sequences one more, the tokens behind them, which gets zeros
-    programs = (N + (cu_seqlens is not None)) * H * NV
-    if programs:
-        tma = is_hopper(q.device) and all(map(_tma_can_read, (q, k, v, o) if x is None else (q, k, v, o, x)))
-        if tma:
-            triton.set_allocator(scratch)
-        sweep_kernel[(programs,)](
+    slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+    if slots:
+        sweep_kernel[(slots * H * NV,)](
             q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens,
-            scale, N, T,
+            scale, N, T, segment or 0,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
             *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
             B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, ANCHOR, cu_seqlens),
             H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
             BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
-            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages,
+            REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
+            TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages,
             num_warps=warps,
         )
     return o, x_o, x_inter, s_ds
 
 
-def _tma_can_read(x: torch.Tensor) -> bool:
-    """Whether a tensor's rows are aligned to the 16 bytes that the tensor memory accelerator asks for."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+def outputs(q, k, v, c, scale, cu_seqlens, precision, state, output_final_state, segment=None):
+    """`o`, and the final state or None, from the states that the sequences or their segments start with."""
+    final_state = None
+    if output_final_state:
+        N = count_sequences(q.shape[0], cu_seqlens)
+        final_state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
+    return o, final_state
+
+
+def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_state, state, dstate, segment=None):
+    """dq, dk, dv, dg and dh0, each if it is needed, from the states that the sequences or their segments start with, and from the
+    gradients of those that they end with.
+    """
+    need_q, need_k, need_v, need_g, need_h0 = needs
+    run = functools.partial(sweep, c=c, scale=scale, cu_seqlens=cu_seqlens, precision=precision, segment=segment)
+
+    anchors = None
+    dq = dk = dv = dg = dh0 = None
+    if need_g:
+        B, T, H, V = v.shape
+        anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, q.shape[-1])
+    if need_q or need_g:
+        dq, w, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
+    if need_k or need_g:
+        dk, z, z_inter, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+        anchors = None
+    if need_g:
+        dg = gate_gradient(g, w, z, z_inter, s_ds, c.shape[-1], q.dtype, cu_seqlens)
+    if need_h0:
+        dh0 = torch.empty_like(initial_state)
+    if need_v or need_h0:
+        dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
 
 
 class FusedChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
-        K, (H, V) = q.shape[-1], v.shape[2:]
-        BT = sweep_config(K, V, q.dtype, q.device).BT
         precision = fp32_precision(q.dtype)
-        c = None if g is None else chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
-        final_state = None
-        if output_final_state:
-            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            final_state = q.new_empty(N, H, K, V, dtype=torch.float32)
-        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, state_in=initial_state, state_out=final_state)
+        c = sweep_gates(q, v, g, cu_seqlens)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
-        ctx.scale, ctx.BT, ctx.precision = scale, BT, precision
+        ctx.scale, ctx.precision = scale, precision
         ctx.set_materialize_grads(False)
-        return o, final_state
+        return outputs(q, k, v, c, scale, cu_seqlens, precision, initial_state, output_final_state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dht):
-        q, k, v, g, c, initial_state, cu_seqlens = ctx.saved_tensors
-        need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
+        q, k, v, g, c, h0, cu_seqlens = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
-        run = functools.partial(sweep, c=c, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
-
-        anchors = None
-        dq = dk = dv = dg = dh0 = None
-        if need_g:
-            B, T, H, V = v.shape
-            N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens) + N, H, V, q.shape[-1])
-        if need_q or need_g:
-            dq, w, *_ = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
-        if need_k or need_g:
-            dk, z, z_inter, s_ds = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, anchors=anchors, reverse=True)
-            anchors = None
-        if need_g:
-            dg = gate_gradient(g, w, z, z_inter, s_ds, ctx.BT, q.dtype, cu_seqlens)
-        if need_h0:
-            dh0 = torch.empty_like(initial_state)
-        if need_v or need_h0:
-            dv, *_ = run(k, q, do, state_in=dht, state_out=dh0, reverse=True)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
+        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
+        *dx, dh0 = gradients(needs, q, k, v, g, c, do, ctx.scale, cu_seqlens, ctx.precision, h0, h0, dht)
+        return *dx, None, dh0, None, None
 
 
 def fp32_precision(dtype: torch.dtype) -> str | None:

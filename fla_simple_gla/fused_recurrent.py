@@ -28,7 +28,8 @@ import warnings
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._gates import LOG2E, UNDERFLOW, count_slots, sequence_bounds
+from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import LOG2E, UNDERFLOW
 from ._layout import rows_in_place, sum_heads, transposed
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -81,13 +82,13 @@ def recurrent_kernel(
         i_b = i_n.to(tl.int64)
         bos = i_b * 0
         L = T
-        slot = i_n * tl.cdiv(T, BA)
+        slot = first_slot(cu_seqlens, i_n, 0, T, BA)
     else:
         i_b = tl.zeros([], tl.int64)
         first, end = sequence_bounds(cu_seqlens, i_n, N, T)
         bos = first.to(tl.int64)
         L = end - first
-        slot = first // BA + i_n
+        slot = first_slot(cu_seqlens, i_n, first, T, BA)
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -183,7 +184,7 @@ def run_recurrence(
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = count_sequences(B, cu_seqlens)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     BK = triton.next_power_of_2(K)
     # with the number of warps below: at most 64 numbers of the state to a thread
@@ -215,7 +216,7 @@ class FusedRecurrent(torch.autograd.Function):
         q, k, v = map(rows_in_place, (q, k, v))
         final_state = None
         if output_final_state:
-            N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            N = count_sequences(q.shape[0], cu_seqlens)
             final_state = q.new_empty(N, *v.shape[2:3], q.shape[3], v.shape[3], dtype=torch.float32)
         o, _ = run_recurrence(q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, reverse=reverse)
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)

@@ -1,0 +1,339 @@
+"""Simple GLA in sweeps over segments of the sequences, all at once: however few sequences and heads there are, the GPU is full.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T
+    o_t = scale * S_t^T q_t
+
+A sequence is cut into segments of some hundred to many thousand tokens:
+
+1. The summary kernel reads k and v, and leaves for each segment the state that it would end with had it begun with none, and its
+   decay: `(S_local, a)`.
+2. The combine kernel goes over the segments of a sequence, from its initial state, and puts in the place of each S_local the state
+   before that segment: `S <- a S + S_local`.
+3. The sweep of `fused_chunk.py` runs over every segment, from the state before it.
+
+The backward keeps those states. In the summaries back in time q and do take the places of k and v, and what the combine leaves is the
+gradient of the state behind each segment; three sweeps over every segment give dq, dk and dv, and what dg is taken from, as in
+`fused_chunk.py`.
+
+No segment's summary is needed at the end that nothing follows. Where the sequences and heads fill the GPU by themselves there is one
+segment, no summary, and nothing but the sweep.
+"""
+
+import functools
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import ANCHOR
+from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
+from ._triton import jit, runs_kernels, tl, triton
+from ._validation import check_inputs, under_autocast
+from .fused_chunk import fp32_precision, gradients, outputs, sweep_config, sweep_gates
+from .naive import naive_chunk_simple_gla
+
+
+@jit(do_not_specialize=['N', 'T', 'segment', 'c_part', 'scale'])
+def summary_kernel(
+    k,  # [B, T, H // GK, K], any strides with contiguous rows
+    v,  # [B, T, H, V], likewise
+    c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
+    states,  # [segment slots, H, K, V]
+    decays,  # [segment slots, H], or None
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    N, T,
+    segment,  # tokens
+    k_b, k_t, k_h,
+    v_b, v_t, v_h,
+    c_part,  # chunk slots * H * BT
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The state that one head of one segment leaves, having begun with none, in BV columns of V; and the decay over the segment."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV % H).to(tl.int64)
+    i_s = tl.program_id(0) // (NV * H)
+    i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
+    # nothing follows the last segment, nor the tokens behind the last sequence
+    if (first >= end) | (first == bos if REVERSE else end == eos) | (i_n == N):
+        return
+    L = end - first
+    NT = tl.cdiv(L, BT)
+    i_f = first.to(tl.int64)
+
+    r_k = open_rows(k + i_b * k_b + i_f * k_t + i_h // GK * k_h, k_t, L, K, BT, BK, TMA)
+    r_v = open_rows(v + i_b * v_b + i_f * v_t + i_h * v_h, v_t, L, V, BT, BV, TMA)
+    if c is not None:
+        c_slot = first_slot(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
+        c += (c_slot.to(tl.int64) * H + i_h) * BT
+
+    r = tl.arange(0, BT)
+    decay = 1.0
+    b_s = tl.zeros([BK, BV], tl.float32)
+    for i in tl.range(0, NT, num_stages=STAGES):
+        i_c = NT - 1 - i if REVERSE else i
+        b_k = load_rows(r_k, k_t, L, i_c * BT, 0, K, BT, BK, TMA)
+        b_v = load_rows(r_v, v_t, L, i_c * BT, i_v * BV, V, BT, BV, TMA)
+        if c is not None:
+            p_c = c + i_c.to(tl.int64) * (H * BT)
+            b_c = tl.load(p_c + r)
+            c_end = tl.load(p_c + BT - 1)
+            if not REVERSE:
+                b_c = c_end - b_c
+            if TWO_PARTS:
+                b_f = tl.load(p_c + c_part + r)
+                f_end = tl.load(p_c + c_part + BT - 1)
+                b_c += b_f if REVERSE else f_end - b_f
+                c_end += f_end
+            b_v = (b_v * (tl.exp2(b_c) * scale)[:, None]).to(b_v.dtype)
+            c_end = tl.exp2(c_end)
+            b_s *= c_end
+            decay *= c_end
+        else:
+            b_v = (b_v * scale).to(b_v.dtype)
+        b_s = tl.dot(tl.trans(b_k), b_v, b_s, input_precision=PRECISION)
+
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    i_s = i_s.to(tl.int64) * H + i_h
+    tl.store(states + i_s * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+    if c is not None:
+        if i_v == 0:
+            tl.store(decays + i_s, decay)
+
+
+@jit(do_not_specialize=['N', 'T', 'segment'])
+def combine_kernel(
+    state_in,  # [N, H, K, V], any strides, or None
+    states,  # [segment slots, H, K, V]: what each segment leaves of itself; then the states that each begins with
+    decays,  # [segment slots, H], or None
+    cu_seqlens,  # [N + 1] or None
+    N, T,
+    segment,  # tokens
+    si_n, si_h, si_k, si_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """BS numbers of the states of one head of one sequence, from segment to segment."""
+    NS: tl.constexpr = (K * V + BS - 1) // BS
+    o_s = tl.program_id(0) % NS * BS + tl.arange(0, BS)
+    m_s = o_s < K * V
+    i_h = (tl.program_id(0) // NS % H).to(tl.int64)
+    i_n = tl.program_id(0) // (NS * H)
+    if cu_seqlens is None:
+        bos = 0
+        L = T
+    else:
+        bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
+        L = eos - bos
+    segments = tl.maximum(tl.cdiv(L, segment), 1)
+    slot = first_slot(cu_seqlens, i_n, bos, T, segment)
+
+    if state_in is not None:
+        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
+        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+    else:
+        b_s = tl.zeros([BS], tl.float32)
+    # stages: the loads do not wait for the sum
+    for i in tl.range(0, segments, num_stages=4):
+        i_s = slot + (segments - 1 - i if REVERSE else i)
+        i_s = i_s.to(tl.int64) * H + i_h
+        p_s = states + i_s * (K * V) + o_s
+        # at the end that nothing follows there was no summary: what lies there goes nowhere
+        b_l = tl.load(p_s, mask=m_s, other=0.0)
+        decay = 1.0 if decays is None else tl.load(decays + i_s)
+        tl.store(p_s, b_s, mask=m_s)
+        b_s = b_s * decay + b_l
+
+
+def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False):
+    """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
+    for k and v, the gradient of the state behind each segment, from that behind each sequence.
+    """
+    B, T, HK, K = k.shape
+    H, V = v.shape[2:]
+    N = count_sequences(B, cu_seqlens)
+    slots = count_slots(B, T, segment, cu_seqlens)
+    states = torch.empty(slots, H, K, V, dtype=torch.float32, device=k.device)
+    decays = None if c is None else torch.empty(slots, H, dtype=torch.float32, device=k.device)
+    BT = sweep_config(K, V, k.dtype, k.device).BT if c is None else c.shape[-1]
+    BV, warps, stages = summary_config(K, V, k.dtype, k.device)
+    summary_kernel[(slots * H * triton.cdiv(V, BV),)](
+        k, v, c, states, decays, cu_seqlens,
+        scale, N, T, segment,
+        *k.stride()[:3], *v.stride()[:3], 0 if c is None else c[0].numel(),
+        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(k, v), PRECISION=precision, STAGES=stages,
+        num_warps=warps,
+    )
+    combine_kernel[(N * H * triton.cdiv(K * V, 1024),)](
+        state, states, decays, cu_seqlens,
+        N, T, segment,
+        *((0,) * 4 if state is None else state.stride()),
+        H=H, K=K, V=V, BS=1024, REVERSE=reverse, num_warps=4,
+    )
+    return states
+
+
+def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """Columns of V, warps and stages of a summary."""
+    return 64, 4, 3
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors there are to fill. (The interpreter has none: a number that cuts the sequences of the tests.)"""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 8
+
+
+@functools.lru_cache(4096)
+def segment_tokens(rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """Tokens to a segment, a multiple of ANCHOR; None where the sequences stay in one piece."""
+    BT, BV, *_ = sweep_config(K, V, dtype, device)
+    resident = 2
+    programs = rows * H * triton.cdiv(V, BV)
+    processors = multiprocessors(device)
+
+    def waves(programs):
+        """Time of so many programs of one chunk, in that of one which has a multiprocessor to itself."""
+        full, rest = divmod(programs, processors * resident)
+        return full * (0.7 + 0.3 * resident) + (0.7 + 0.3 * triton.cdiv(rest, processors) if rest else 0)
+
+    best, chosen = triton.cdiv(T, BT) * waves(programs), None
+    blocks = triton.cdiv(T, ANCHOR)
+    for segments in range(2, min(blocks, 2 * processors * resident // programs + 1) + 1):
+        segment = triton.cdiv(blocks, segments) * ANCHOR
+        segments = triton.cdiv(T, segment)
+        cost = segment / BT * (waves(programs * segments) + 0.4 * waves(programs * (segments - 1))) + 6 + 0.1 * segments
+        if cost < best:
+            best, chosen = cost, segment
+    return chosen
+
+
+class Chunk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+        q, k, v = map(rows_in_place, (q, k, v))
+        precision = fp32_precision(q.dtype)
+        c = sweep_gates(q, v, g, cu_seqlens)
+        # how long packed sequences are is not known here: as if there were one, so that the longest is cut
+        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device)
+        state = initial_state
+        if segment is not None:
+            state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)
+        ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
+        ctx.scale, ctx.precision, ctx.segment = scale, precision, segment
+        ctx.set_materialize_grads(False)
+        return outputs(q, k, v, c, scale, cu_seqlens, precision, state, output_final_state, segment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dht):
+        q, k, v, g, c, h0, state, cu_seqlens = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else rows_in_place(do)
+        dstate = dht
+        if ctx.segment is not None:
+            dstate = boundary_states(q, do, c, dht, ctx.scale, cu_seqlens, ctx.precision, ctx.segment, reverse=True)
+        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
+        *dx, dh0 = gradients(needs, q, k, v, g, c, do, ctx.scale, cu_seqlens, ctx.precision, h0, state, dstate, ctx.segment)
+        return *dx, None, dh0, None, None
+
+
+def chunk_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    g_gamma: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Simple Gated Linear Attention, chunk by chunk, with long sequences cut into segments that run at once: for training, and for
+    reading prompts.
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
+    `torch.set_float32_matmul_precision` allows it. How many segments there are depends on the shapes and on the GPU, and the last
+    digits on them: `fused_chunk_simple_gla` gives a sequence the same bits whatever else is in the batch. Differentiable in q, k, v,
+    g, g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
+
+    Args:
+        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
+            gate is allowed as long as the result is finite.
+        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
+            without `cu_seqlens`). Default: zeros.
+        output_final_state: whether to return the state behind the last token.
+        state_v_first: states are `[N, H, V, K]`.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
+            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
+        chunk_size: tokens to a chunk, a power of two. It changes no more than rounding, and is used on the CPU; the kernels have
+            chunks of their own, chosen for the GPU.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
+    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import chunk_simple_gla
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 64)
+        >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 100, 4))
+        >>> o, state = chunk_simple_gla(q, k, v, g, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 64, 64]))
+        >>> # the same tokens as two packed sequences of 30 and 70
+        >>> cu_seqlens = torch.tensor([0, 30, 100])
+        >>> o, states = chunk_simple_gla(q, k, v, g, output_final_state=True, cu_seqlens=cu_seqlens)
+        >>> states.shape
+        torch.Size([2, 4, 64, 64])
+    """
+    q, k, v = under_autocast(q, k, v)
+    scale = check_inputs(
+        q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, cu_seqlens_cpu=cu_seqlens_cpu, chunk_size=chunk_size,
+    )
+    h0 = transposed(initial_state, state_v_first)
+    if runs_kernels(q):
+        if g_gamma is not None:
+            g = g_gamma.expand(v.shape[:3])
+        with torch.cuda.device_of(q):
+            o, ht = Chunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
+    else:
+        o, ht = naive_chunk_simple_gla(
+            q, k, v, g, h0, output_final_state, chunk_size or 64, scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
+        )
+    return o, transposed(ht, state_v_first)
