@@ -1,0 +1,479 @@
+"""Simple GLA as attention without a softmax, over tiles of the decay-masked `q k^T`: quadratic, for short sequences.
+
+    o_i = sum_{j<=i} A_ij v_j        A_ij = scale * D_ij (q_i . k_j)        D_ij = exp(g_{j+1} + ... + g_i)
+
+A program owns one block of BT rows of one head and a tile of V columns, and walks the blocks of columns. With c the running sum of
+the gates in a block, c_end the whole block's, and i in a later block than j,
+
+    D_ij = exp(c_i) * exp(between + c_end - c_j)
+
+where `between` is the sum over the blocks in between, a difference of two fp64 sums: the mask costs no exponential for each pair, and
+nothing in it cancels. Where the product of the two largest factors is zero in fp32, every decay of the tile is; the walk begins behind
+such tiles.
+
+The gradients are three more walks by the same kernel, with other tensors in the roles of q, k and v; a reverse walk goes over the
+blocks behind the rows, and D is transposed:
+
+    role     q    k    v                 out
+    forward  q    k    v                 o
+    dq       do   v    k                 dq
+    dk       v    do   q    reverse      dk
+    dv       k    q    do   reverse      dv
+
+For dg, the sum of A_ij (do_i . v_j) over the pairs that t lies between, j < t <= i, the walks for dq and dk leave q . dq and k . dk.
+Both round the same products to the inputs' dtype, so that over the tokens of a block, from t on, their difference has the rounding
+of fp32 only. What goes from before the block's end to behind it is summed directly, from what the walk for dq has before each tile.
+"""
+
+import functools
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import LOG2E, UNDERFLOW, chunk_gates
+from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
+from ._triton import jit, runs_kernels, tl, triton
+from ._validation import check_inputs, under_autocast
+from .fused_chunk import Config, fp32_precision
+from .naive import naive_parallel_simple_gla
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'slots'])
+def block_sums_kernel(
+    c,  # [1 or 2, slots, H, BT]: running sums of the gates in blocks
+    sums,  # [3, slots, H], fp64: the gates up to a block's end; the largest c; the largest c_end - c
+    cu_seqlens,  # [N + 1] or None
+    N, T,
+    part,  # slots * H * BT
+    slots,
+    H: tl.constexpr,
+    BT: tl.constexpr,
+    BI: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+):
+    """The sums over the blocks of one head of one sequence, BI at a time."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    if cu_seqlens is None:
+        bos = 0
+        L = T
+    else:
+        bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
+        L = eos - bos
+    slot = first_slot(cu_seqlens, i_n, bos, T, BT)
+    NT = tl.cdiv(L, BT)
+    before = tl.zeros([], tl.float64)
+    for i in range(0, NT, BI):
+        o_i = i + tl.arange(0, BI)
+        m_i = o_i < NT
+        row = (slot + o_i).to(tl.int64) * H + i_h
+        p_c = c + row * BT
+        b_end = tl.load(p_c + BT - 1, mask=m_i, other=0.0)
+        p_c = p_c[:, None] + tl.arange(0, BT)[None, :]
+        b_c = tl.load(p_c, mask=m_i[:, None], other=0.0)
+        b_e = b_end[:, None] - b_c
+        b_sum = b_end.to(tl.float64)
+        if TWO_PARTS:
+            f_end = tl.load(c + part + row * BT + BT - 1, mask=m_i, other=0.0)
+            b_f = tl.load(p_c + part, mask=m_i[:, None], other=0.0)
+            b_c += b_f
+            b_e += f_end[:, None] - b_f
+            b_sum += f_end.to(tl.float64)
+        tl.store(sums + row, before + tl.cumsum(b_sum, 0), mask=m_i)
+        tl.store(sums + slots * H + row, tl.max(b_c, 1).to(tl.float64), mask=m_i)
+        tl.store(sums + 2 * slots * H + row, tl.max(b_e, 1).to(tl.float64), mask=m_i)
+        before += tl.sum(b_sum, 0)
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'slots', 'NB', 'scale'])
+def attention_kernel(
+    q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
+    v,  # [B, T, H // GV, V], likewise
+    c,  # [1 or 2, slots, H, BT]: running sums of the gates in blocks, or None
+    sums,  # [3, slots, H]: of the gates over blocks, see block_sums_kernel
+    o,  # [B, T, H, V]
+    x,  # [B, T, H // GV, V], or None
+    x_o,  # [NV, B, H, T]: rows x . o, over the V tile
+    crossing,  # [NV, slots, H, NB]: the sum of x . o over a block of rows, with the columns before block b only; not in reverse
+    attention,  # [B, H, T, T], or None
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    N, T,
+    q_b, q_t, q_h,
+    k_b, k_t, k_h,
+    v_b, v_t, v_h,
+    x_b, x_t, x_h,
+    part,  # B * H * T
+    c_part,  # slots * H * BT
+    slots,
+    NB,  # blocks in the longest sequence there can be
+    H: tl.constexpr,
+    GQ: tl.constexpr,
+    GV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BI: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """o of one block of rows of one head, in BV columns of V."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_s = tl.program_id(0) // NV % slots
+    i_h = (tl.program_id(0) // NV // slots).to(tl.int64)
+    if not REVERSE:
+        # the blocks with the most columns first
+        i_s = slots - 1 - i_s
+    i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
+    if first >= end:
+        return
+    L = eos - bos
+    i_r = (first - bos) // BT
+    i_t = i_r * BT
+    slot = i_s - i_r
+    i_f = bos + i_b * 0
+
+    r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
+    if cu_seqlens is not None:
+        # the tokens behind the last sequence
+        if i_n == N:
+            store_rows(r_o, H * V, L, i_t, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
+            return
+
+    r_q = open_rows(q + i_b * q_b + i_f * q_t + i_h // GQ * q_h, q_t, L, K, BT, BK, TMA)
+    r_k = open_rows(k + i_b * k_b + i_f * k_t + i_h // GQ * k_h, k_t, L, K, BT, BK, TMA)
+    r_v = open_rows(v + i_b * v_b + i_f * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
+    r = tl.arange(0, BT)
+    b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA)
+    if x is not None:
+        r_x = open_rows(x + i_b * x_b + i_f * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
+        b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+    if attention is not None:
+        attention += (i_b * H + i_h) * T * T + (i_t + r).to(tl.int64)[:, None] * T + r[None, :]
+    if crossing is not None:
+        crossing += ((i_v * slots + i_s).to(tl.int64) * H + i_h) * NB
+
+    lo = i_r + 1 if REVERSE else i_r * 0
+    hi = tl.cdiv(L, BT) if REVERSE else i_r
+    if c is not None:
+        c += (slot.to(tl.int64) * H + i_h) * BT
+        sums += slot.to(tl.int64) * H + i_h
+        p_c = c + i_r.to(tl.int64) * (H * BT)
+        b_c = tl.load(p_c + r)
+        b_e = tl.load(p_c + BT - 1) - b_c
+        if TWO_PARTS:
+            b_f = tl.load(p_c + c_part + r)
+            b_e += tl.load(p_c + c_part + BT - 1) - b_f
+        b_r = b_c + b_f if TWO_PARTS else b_c
+        # the sum up to the rows' end, or, forward, to where they begin
+        if REVERSE:
+            sum_r = tl.load(sums + i_r * H)
+            largest_r = tl.load(sums + 2 * slots * H + i_r * H).to(tl.float32)
+        else:
+            sum_r = tl.load(sums + (i_r - 1) * H, mask=i_r > 0, other=0.0)
+            largest_r = tl.load(sums + slots * H + i_r * H).to(tl.float32)
+            b_r = tl.exp2(b_r) * scale
+
+        # the columns that something of is left in the rows, or of the rows in them
+        lo_alive = hi
+        hi_alive = lo
+        for i in range(lo, hi, BI):
+            o_i = i + tl.arange(0, BI)
+            m_i = o_i < hi
+            if REVERSE:
+                between = (tl.load(sums + (o_i - 1) * H, mask=m_i, other=sum_r) - sum_r).to(tl.float32)
+                later = tl.load(sums + slots * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
+                earlier = between + largest_r
+            else:
+                between = (sum_r - tl.load(sums + o_i * H, mask=m_i, other=sum_r)).to(tl.float32)
+                later = largest_r
+                earlier = between + tl.load(sums + 2 * slots * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
+            alive = (tl.exp2(later) * scale * tl.exp2(earlier) != 0) & m_i
+            lo_alive = tl.minimum(lo_alive, tl.min(tl.where(alive, o_i, hi)))
+            hi_alive = tl.maximum(hi_alive, tl.max(tl.where(alive, o_i + 1, lo)))
+        lo = lo_alive
+        hi = hi_alive
+
+    b_o = tl.zeros([BT, BV], tl.float32)
+    for j in tl.range(0, hi - lo, num_stages=STAGES):
+        i = lo + j
+        b_k = load_rows(r_k, k_t, L, i * BT, 0, K, BT, BK, TMA)
+        b_v = load_rows(r_v, v_t, L, i * BT, i_v * BV, V, BT, BV, TMA)
+        if crossing is not None:
+            tl.store(crossing + i, tl.sum(b_x * b_o))
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if c is not None:
+            p_i = c + i.to(tl.int64) * (H * BT)
+            b_i = tl.load(p_i + r)
+            if TWO_PARTS:
+                b_if = tl.load(p_i + c_part + r)
+            if REVERSE:
+                later = tl.exp2(b_i + b_if if TWO_PARTS else b_i) * scale
+                earlier = tl.exp2((tl.load(sums + (i - 1) * H) - sum_r).to(tl.float32) + b_e)
+                b_p *= earlier[:, None] * later[None, :]
+            else:
+                b_i = tl.load(p_i + BT - 1) - b_i
+                if TWO_PARTS:
+                    b_i += tl.load(p_i + c_part + BT - 1) - b_if
+                earlier = tl.exp2((sum_r - tl.load(sums + i * H)).to(tl.float32) + b_i)
+                b_p *= b_r[:, None] * earlier[None, :]
+        else:
+            b_p *= scale
+        if attention is not None:
+            tl.store(attention + i * BT, b_p, mask=(i_t + r < L)[:, None])
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+
+    b_k = load_rows(r_k, k_t, L, i_t, 0, K, BT, BK, TMA)
+    b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
+    if crossing is not None:
+        tl.store(crossing + i_r, tl.sum(b_x * b_o))
+    before = (r[:, None] <= r[None, :]) if REVERSE else (r[:, None] >= r[None, :])
+    b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    if c is not None:
+        d = b_c[None, :] - b_c[:, None] if REVERSE else b_c[:, None] - b_c[None, :]
+        if TWO_PARTS:
+            d += b_f[None, :] - b_f[:, None] if REVERSE else b_f[:, None] - b_f[None, :]
+        b_p *= tl.exp2(tl.where(before, d, float('-inf')))
+    else:
+        b_p = tl.where(before, b_p, 0.0)
+    if attention is not None:
+        tl.store(attention + i_t, b_p, mask=(i_t + r < L)[:, None] & (i_t + r < L)[None, :])
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+    store_rows(r_o, H * V, L, i_t, i_v * BV, b_o.to(o.dtype.element_ty), V, BT, BV, TMA)
+    if x is not None:
+        x_o += i_v.to(tl.int64) * part + (i_b * H + i_h) * T + i_f + i_t
+        tl.store(x_o + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'NB'])
+def gate_gradient_kernel(
+    g, dg,  # [B, T, H], any strides; [B, T, H]
+    w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
+    crossing,  # [NK, slots, H, NB]: of w over a block, what comes from before block b
+    cu_seqlens,  # [N + 1] or None
+    N, T,
+    g_b, g_t, g_h,
+    part,  # B * H * T
+    slots,
+    NB,
+    NK: tl.constexpr,
+    H: tl.constexpr,
+    BT: tl.constexpr,
+    BI: tl.constexpr,
+):
+    """dg of one head over one block."""
+    i_s, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
+    read_end = tl.where(i_n < N, end, first)
+    o_t = first + tl.arange(0, BT)
+    m_t = o_t < read_end
+    o_t = o_t.to(tl.int64)
+
+    b_g = tl.load(g + i_b * g_b + o_t * g_t + i_h * g_h, mask=m_t, other=0.0).to(tl.float32) * LOG2E
+    o_w = (i_b * H + i_h) * T + o_t
+    # the pairs from up to the block's end to behind it
+    i_next = (first - bos) // BT + 1
+    rows = tl.cdiv(tl.where(i_n < N, eos, bos) - bos, BT)
+    p_s = crossing + ((i_s - i_next + 1).to(tl.int64) * H + i_h) * NB + i_next
+    b_s = tl.zeros([BI], tl.float32)
+    b_w = tl.zeros([BT], tl.float32)
+    for _ in tl.static_range(NK):
+        b_w += tl.load(w + o_w, mask=m_t, other=0.0) - tl.load(z + o_w, mask=m_t, other=0.0)
+        o_w += part
+        for i in range(i_next, rows, BI):
+            o_i = i + tl.arange(0, BI)
+            b_s += tl.load(p_s + o_i.to(tl.int64) * (H * NB), mask=o_i < rows, other=0.0)
+        p_s += slots.to(tl.int64) * H * NB
+
+    # no sum goes over a reset, which no pair does: what is behind it may be far larger, and its rounding too
+    resets = tl.cumsum((b_g < UNDERFLOW).to(tl.int32), 0)
+    r = tl.arange(0, BT)
+    summed = (r[:, None] <= r[None, :]) & (resets[:, None] == resets[None, :])
+    b_dg = tl.sum(tl.where(summed, b_w[None, :], 0.0), 1)
+    b_dg += tl.where(resets == tl.max(resets), tl.sum(b_s), 0.0)
+    b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
+    tl.store(dg + (i_b * T + o_t) * H + i_h, b_dg, mask=o_t < end)
+
+
+# Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
+HOPPER = {
+    2: {64: Config(128, 64, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(64, 256, 8, 1), 512: Config(64, 128, 8, 1)},
+    4: {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1), 256: Config(64, 64, 8, 1), 512: Config(64, 32, 8, 1)},
+}
+OTHERS = {
+    2: {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 128, 8, 1), 512: Config(32, 128, 8, 1)},
+    4: {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 1), 256: Config(16, 64, 8, 1), 512: Config(16, 32, 8, 1)},
+}
+
+
+def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Configuration of a walk with rows of K and V numbers. The blocks are the same with K and V exchanged."""
+    table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
+    return table[max(64, triton.next_power_of_2(max(K, V)))]
+
+
+def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_attentions=False, reverse=False):
+    """One walk: `o`; the attention map or None; with x also the rows `x . o [NV, B, H, T]` and, not in reverse, what of them
+    comes from before each block `[NV, slots, H, NB]`.
+    """
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    BT, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
+    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    NV = triton.cdiv(V, BV)
+    slots, NB = count_slots(B, T, BT, cu_seqlens), triton.cdiv(T, BT)
+    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    x_o = crossing = None
+    if x is not None:
+        x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        if not reverse:
+            # zeros, because tiles without anything are skipped
+            crossing = torch.zeros(NV, slots, H, NB, dtype=torch.float32, device=q.device)
+    attention = torch.zeros(B, H, T, T, dtype=q.dtype, device=q.device) if output_attentions else None
+    if o.numel():
+        attention_kernel[(slots * H * NV,)](
+            q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens,
+            scale, count_sequences(B, cu_seqlens), T,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
+            B * H * T, 0 if c is None else c[0].numel(), slots, NB,
+            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BI=64,
+            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
+            PRECISION=precision, STAGES=stages, num_warps=warps,
+        )
+    return o, attention, x_o, crossing
+
+
+def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64."""
+    _, slots, H, BT = c.shape
+    sums = torch.empty(3, slots, H, dtype=torch.float64, device=c.device)
+    N = count_sequences(B, cu_seqlens)
+    if sums.numel():
+        block_sums_kernel[(N, H)](
+            c, sums, cu_seqlens, N, T, c[0].numel(), slots, H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4,
+        )
+    return sums
+
+
+def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NK, slots, H, NB]`."""
+    B, T, H = g.shape
+    NK, slots, _, NB = crossing.shape
+    dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
+    if dg.numel():
+        gate_gradient_kernel[(slots, H)](
+            g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB,
+            NK=NK, H=H, BT=BT, BI=32, num_warps=4,
+        )
+    return dg
+
+
+class Parallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, output_attentions, cu_seqlens):
+        q, k, v = map(rows_in_place, (q, k, v))
+        precision = fp32_precision(q.dtype)
+        c = sums = None
+        if g is not None:
+            BT = attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+            c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+            sums = block_sums(c, *q.shape[:2], cu_seqlens)
+        o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
+        ctx.save_for_backward(q, k, v, g, c, sums, cu_seqlens)
+        ctx.scale, ctx.precision = scale, precision
+        if attention is not None:
+            ctx.mark_non_differentiable(attention)
+        return o, attention
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _):
+        q, k, v, g, c, sums, cu_seqlens = ctx.saved_tensors
+        need_q, need_k, need_v, need_g, *_ = ctx.needs_input_grad
+        do = rows_in_place(do)
+        run = functools.partial(attend, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
+        dq = dk = dv = dg = None
+        if need_q or need_g:
+            dq, _, w, crossing = run(do, v, k, x=q if need_g else None)
+        if need_k or need_g:
+            dk, _, z, _ = run(v, do, q, x=k if need_g else None, reverse=True)
+        if need_g:
+            dg = gate_gradient(g, w, z, crossing, c.shape[-1], cu_seqlens)
+        if need_v:
+            dv, *_ = run(k, q, do, reverse=True)
+        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, None, None
+
+
+def parallel_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    g_gamma: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Simple Gated Linear Attention as attention without a softmax: quadratic, for short sequences, and for its attention map.
+
+        o_i = sum_{j<=i} A_ij v_j
+        A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)
+
+    No state goes in or comes out: the other modes have them. Products are computed in the inputs' dtype and summed in fp32; fp32
+    inputs are computed to fp32 accuracy, or in TF32 where `torch.set_float32_matmul_precision` allows it. Tiles whose decay is zero
+    in fp32 are skipped, so that strong gates make it cheaper than quadratic. A sequence's results do not depend on what else is
+    in the batch. Differentiable in q, k, v, g and g_gamma, once, through o alone. CPU tensors are computed by
+    `naive_parallel_simple_gla`.
+
+    Args:
+        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
+            gate is allowed as long as the result is finite.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        output_attentions: whether to return the attention map. Not with `cu_seqlens`.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
+            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
+        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the attention map `[B, H, T, T]` in q's dtype, zero above the diagonal, or None.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
+    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import parallel_simple_gla
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 64)
+        >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 100, 4))
+        >>> o, attention = parallel_simple_gla(q, k, v, g, output_attentions=True)
+        >>> o.shape, attention.shape
+        (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 100, 100]))
+    """
+    q, k, v = under_autocast(q, k, v)
+    scale = check_inputs(q, k, v, g, g_gamma, scale, None, cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
+    if output_attentions and cu_seqlens is not None:
+        raise ValueError('output_attentions is not available with cu_seqlens: the map would be zero between sequences')
+    if runs_kernels(q):
+        if g_gamma is not None:
+            g = g_gamma.expand(v.shape[:3])
+        with torch.cuda.device_of(q):
+            return Parallel.apply(q, k, v, g, scale, output_attentions, cu_seqlens)
+    o, attention = naive_parallel_simple_gla(q, k, v, g, scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
+    return o, attention.detach().to(q.dtype) if output_attentions else None
