@@ -190,36 +190,68 @@ def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, rever
     return states
 
 
+# Columns of V, warps and stages of a summary on Hopper, in 16 bits, by the dim that is to fit. Measured on one H200 (triton 3.6), ms of
+# summary and combine, and the time of reading k and v once at the speed of a copy:
+#   D 128, B1 T131072 H8, 16 segments    64 columns, 4 warps, 3 stages    0.139 (0.118)      2 stages    0.189
+#                                        128 columns                      0.148
+#   D 64, B1 T131072 H16, 16 segments    64 columns, 4 warps, 3 stages    0.137 (0.118)      2 stages    0.179
+#   D 256, B1 T65536 H4, 16 segments     128 columns, 8 warps, 3 stages   0.105 (0.059)
+#                                        64 columns, 4 warps              0.143
+# The others are cut as the sweep is.
+HOPPER = {64: (64, 4, 3), 128: (64, 4, 3), 256: (128, 8, 3), 512: (64, 8, 2)}
+
+
 def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     """Columns of V, warps and stages of a summary."""
-    return 64, 4, 3
+    if is_hopper(device) and dtype.itemsize == 2:
+        return HOPPER[max(64, triton.next_power_of_2(max(K, V)))]
+    _, BV, warps, stages = sweep_config(K, V, dtype, device)
+    return BV, warps, stages
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors there are to fill. (The interpreter has none: a number that cuts the sequences of the tests.)"""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Programs of a sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk.
+RESIDENT = 2
+SHARING = 0.3
+# Of a summary beside a sweep over the same chunks, in both directions together; of two more launches, in chunks; of a segment in
+# the combine, likewise.
+SUMMARY = 0.25
+LAUNCHES = 20
+COMBINE = 0.1
 
 
 @functools.lru_cache(4096)
 def segment_tokens(rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """Tokens to a segment, a multiple of ANCHOR; None where the sequences stay in one piece."""
+    """Tokens to a segment, a multiple of ANCHOR, for `rows` sequences of T tokens; None where they stay in one piece.
+
+    The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
+    128, 1.4 at D 64), and 1.3 times that where two programs share a multiprocessor.
+    """
+    if device.type == 'cpu' or rows == 0:  # in the interpreter there is nothing to fill
+        return None
     BT, BV, *_ = sweep_config(K, V, dtype, device)
-    resident = 2
     programs = rows * H * triton.cdiv(V, BV)
     processors = multiprocessors(device)
+    at_once = processors * RESIDENT
 
-    def waves(programs):
-        """Time of so many programs of one chunk, in that of one which has a multiprocessor to itself."""
-        full, rest = divmod(programs, processors * resident)
-        return full * (0.7 + 0.3 * resident) + (0.7 + 0.3 * triton.cdiv(rest, processors) if rest else 0)
+    def chunk_time(programs):
+        if programs > at_once:
+            # the last ones share multiprocessors, though others are free
+            return triton.cdiv(programs, at_once) * (1 + SHARING * (RESIDENT - 1))
+        return 1 + SHARING * (triton.cdiv(programs, processors) - 1)
 
-    best, chosen = triton.cdiv(T, BT) * waves(programs), None
+    best, chosen = triton.cdiv(T, BT) * chunk_time(programs), None
     blocks = triton.cdiv(T, ANCHOR)
-    for segments in range(2, min(blocks, 2 * processors * resident // programs + 1) + 1):
+    for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
         segment = triton.cdiv(blocks, segments) * ANCHOR
         segments = triton.cdiv(T, segment)
-        cost = segment / BT * (waves(programs * segments) + 0.4 * waves(programs * (segments - 1))) + 6 + 0.1 * segments
+        chunks = segment // BT
+        sweep, summary = chunk_time(programs * segments), chunk_time(programs * (segments - 1))
+        cost = chunks * (sweep + SUMMARY * summary) + LAUNCHES + COMBINE * segments
         if cost < best:
             best, chosen = cost, segment
     return chosen

@@ -26,6 +26,7 @@ of fp32 only. What goes from before the block's end to behind it is summed direc
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -35,7 +36,7 @@ from ._gates import LOG2E, UNDERFLOW, chunk_gates
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
-from .fused_chunk import Config, fp32_precision
+from .fused_chunk import fp32_precision
 from .naive import naive_parallel_simple_gla
 
 
@@ -83,6 +84,22 @@ def block_sums_kernel(
         tl.store(sums + slots * H + row, tl.max(b_c, 1).to(tl.float64), mask=m_i)
         tl.store(sums + 2 * slots * H + row, tl.max(b_e, 1).to(tl.float64), mask=m_i)
         before += tl.sum(b_sum, 0)
+
+
+@jit
+def products(b_q, r_q, q_t, r_k, k_t, L, i_q, i_k, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, P: tl.constexpr):
+    """`q k^T` of the rows from i_q on with the columns from i_k on. Of rows that BK holds, b_q is the block of q; longer ones are read
+    in steps.
+    """
+    if K <= BK:
+        b_p = tl.dot(b_q, tl.trans(load_rows(r_k, k_t, L, i_k, 0, K, BT, BK, TMA)), input_precision=P)
+    else:
+        b_p = tl.zeros([BT, BT], tl.float32)
+        for i in tl.static_range(0, K, BK):
+            b_q = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
+            b_k = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
+            b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=P)
+    return b_p
 
 
 @jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'slots', 'NB', 'scale'])
@@ -150,7 +167,7 @@ def attention_kernel(
     r_k = open_rows(k + i_b * k_b + i_f * k_t + i_h // GQ * k_h, k_t, L, K, BT, BK, TMA)
     r_v = open_rows(v + i_b * v_b + i_f * v_t + i_h // GV * v_h, v_t, L, V, BT, BV, TMA)
     r = tl.arange(0, BT)
-    b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA)
+    b_q = load_rows(r_q, q_t, L, i_t, 0, K, BT, BK, TMA) if K <= BK else None
     if x is not None:
         r_x = open_rows(x + i_b * x_b + i_f * x_t + i_h // GV * x_h, x_t, L, V, BT, BV, TMA)
         b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
@@ -203,11 +220,14 @@ def attention_kernel(
     b_o = tl.zeros([BT, BV], tl.float32)
     for j in tl.range(0, hi - lo, num_stages=STAGES):
         i = lo + j
-        b_k = load_rows(r_k, k_t, L, i * BT, 0, K, BT, BK, TMA)
         b_v = load_rows(r_v, v_t, L, i * BT, i_v * BV, V, BT, BV, TMA)
+        if TMA:
+            # Reading b_o here makes Triton wait for its last product. It would leave that in flight, and ptxas then serialises every
+            # product of the loop (C7515; triton 3.6). At D 128 forward takes 0.23 ms without this line, and 0.19 with it.
+            b_o = tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [b_o], dtype=tl.float32, is_pure=True, pack=1)
         if crossing is not None:
             tl.store(crossing + i, tl.sum(b_x * b_o))
-        b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_p = products(b_q, r_q, q_t, r_k, k_t, L, i_t, i * BT, K, BT, BK, TMA, PRECISION)
         if c is not None:
             p_i = c + i.to(tl.int64) * (H * BT)
             b_i = tl.load(p_i + r)
@@ -229,12 +249,11 @@ def attention_kernel(
             tl.store(attention + i * BT, b_p, mask=(i_t + r < L)[:, None])
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
 
-    b_k = load_rows(r_k, k_t, L, i_t, 0, K, BT, BK, TMA)
     b_v = load_rows(r_v, v_t, L, i_t, i_v * BV, V, BT, BV, TMA)
     if crossing is not None:
         tl.store(crossing + i_r, tl.sum(b_x * b_o))
     before = (r[:, None] <= r[None, :]) if REVERSE else (r[:, None] >= r[None, :])
-    b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    b_p = products(b_q, r_q, q_t, r_k, k_t, L, i_t, i_t, K, BT, BK, TMA, PRECISION) * scale
     if c is not None:
         d = b_c[None, :] - b_c[:, None] if REVERSE else b_c[:, None] - b_c[None, :]
         if TWO_PARTS:
@@ -301,21 +320,44 @@ def gate_gradient_kernel(
     tl.store(dg + (i_b * T + o_t) * H + i_h, b_dg, mask=o_t < end)
 
 
+class Config(NamedTuple):
+    """How a walk is cut: blocks of BT rows and columns, K in steps of BK, BV columns of V and `warps` to a program, loads `stages` deep."""
+
+    BT: int
+    BK: int
+    BV: int
+    warps: int
+    stages: int
+
+
 # Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
 HOPPER = {
-    2: {64: Config(128, 64, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(64, 256, 8, 1), 512: Config(64, 128, 8, 1)},
-    4: {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 1), 256: Config(64, 64, 8, 1), 512: Config(64, 32, 8, 1)},
-}
+    2: {
+        64: Config(64, 64, 64, 4, 2), 128: Config(64, 128, 128, 4, 3),
+        256: Config(64, 256, 128, 4, 1), 512: Config(64, 512, 128, 8, 1),
+    },
+    4: {
+        64: Config(64, 64, 64, 4, 2), 128: Config(64, 128, 64, 4, 1),
+        256: Config(16, 256, 64, 4, 1), 512: Config(16, 128, 64, 4, 1),
+    },
+}  # fmt: skip
 OTHERS = {
-    2: {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 128, 8, 1), 512: Config(32, 128, 8, 1)},
-    4: {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 1), 256: Config(16, 64, 8, 1), 512: Config(16, 32, 8, 1)},
-}
+    2: {
+        64: Config(32, 64, 64, 4, 2), 128: Config(32, 128, 64, 4, 2),
+        256: Config(32, 128, 128, 8, 2), 512: Config(32, 128, 128, 8, 2),
+    },
+    4: {
+        64: Config(32, 64, 64, 4, 2), 128: Config(16, 128, 64, 4, 1),
+        256: Config(16, 64, 64, 4, 1), 512: Config(16, 64, 64, 4, 1),
+    },
+}  # fmt: skip
 
 
 def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration of a walk with rows of K and V numbers. The blocks are the same with K and V exchanged."""
     table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
-    return table[max(64, triton.next_power_of_2(max(K, V)))]
+    config = table[max(64, triton.next_power_of_2(max(K, V)))]
+    return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
 
 
 def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_attentions=False, reverse=False):
@@ -325,8 +367,7 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    BT, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
-    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
     slots, NB = count_slots(B, T, BT, cu_seqlens), triton.cdiv(T, BT)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
@@ -343,7 +384,7 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
             scale, count_sequences(B, cu_seqlens), T,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
             B * H * T, 0 if c is None else c[0].numel(), slots, NB,
-            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BI=64,
+            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
             REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
             PRECISION=precision, STAGES=stages, num_warps=warps,
         )
