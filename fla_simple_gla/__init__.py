@@ -4,6 +4,7 @@ from .chunk import chunk_simple_gla
 from .fused_chunk import fused_chunk_simple_gla
 from .fused_recurrent import fused_recurrent_simple_gla
 from .naive import naive_chunk_simple_gla, naive_parallel_simple_gla, naive_recurrent_simple_gla
+from .parallel import parallel_simple_gla
 
 __all__ = [
     'chunk_simple_gla',
@@ -12,6 +13,7 @@ __all__ = [
     'naive_chunk_simple_gla',
     'naive_parallel_simple_gla',
     'naive_recurrent_simple_gla',
+    'parallel_simple_gla',
 ]
 
 __version__ = '0.1.0'

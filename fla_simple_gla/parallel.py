@@ -54,7 +54,7 @@ def block_sums_kernel(
     TWO_PARTS: tl.constexpr,
 ):
     """The sums over the blocks of one head of one sequence, BI at a time."""
-    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     if cu_seqlens is None:
         bos = 0
         L = T
@@ -287,7 +287,7 @@ def gate_gradient_kernel(
     BI: tl.constexpr,
 ):
     """dg of one head over one block."""
-    i_s, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_s, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
     read_end = tl.where(i_n < N, end, first)
     o_t = first + tl.arange(0, BT)
@@ -316,7 +316,8 @@ def gate_gradient_kernel(
     summed = (r[:, None] <= r[None, :]) & (resets[:, None] == resets[None, :])
     b_dg = tl.sum(tl.where(summed, b_w[None, :], 0.0), 1)
     b_dg += tl.where(resets == tl.max(resets), tl.sum(b_s), 0.0)
-    b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
+    # nothing comes before the first token either: what is left of the sums there is their rounding
+    b_dg = tl.where((b_g < UNDERFLOW) | (o_t == bos), 0.0, b_dg)
     tl.store(dg + (i_b * T + o_t) * H + i_h, b_dg, mask=o_t < end)
 
 
@@ -397,7 +398,7 @@ def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None)
     sums = torch.empty(3, slots, H, dtype=torch.float64, device=c.device)
     N = count_sequences(B, cu_seqlens)
     if sums.numel():
-        block_sums_kernel[(N, H)](
+        block_sums_kernel[(N * H,)](
             c, sums, cu_seqlens, N, T, c[0].numel(), slots, H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4,
         )
     return sums
@@ -409,7 +410,7 @@ def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
     NK, slots, _, NB = crossing.shape
     dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
     if dg.numel():
-        gate_gradient_kernel[(slots, H)](
+        gate_gradient_kernel[(slots * H,)](
             g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB,
             NK=NK, H=H, BT=BT, BI=32, num_warps=4,
         )

@@ -2,14 +2,42 @@
 
 import contextlib
 import dataclasses
+from unittest import mock
 
 import torch
 
-from fla_simple_gla import fused_chunk_simple_gla, fused_recurrent_simple_gla, naive_chunk_simple_gla, naive_recurrent_simple_gla
+from fla_simple_gla import (
+    chunk_simple_gla,
+    fused_chunk_simple_gla,
+    fused_recurrent_simple_gla,
+    naive_chunk_simple_gla,
+    naive_recurrent_simple_gla,
+    parallel_simple_gla,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
-MODES = {'fused_chunk': fused_chunk_simple_gla, 'fused_recurrent': fused_recurrent_simple_gla}
+
+
+def chunk_in_segments(*args, **kwargs):
+    """The chunk mode with segments of 128 tokens, however few they are: what it does to long sequences."""
+    with mock.patch('fla_simple_gla.chunk.segment_tokens', lambda rows, T, *_: 128 if rows and T else None):
+        return chunk_simple_gla(*args, **kwargs)
+
+
+MODES = {
+    'chunk': chunk_simple_gla,
+    'segments': chunk_in_segments,
+    'fused_chunk': fused_chunk_simple_gla,
+    'fused_recurrent': fused_recurrent_simple_gla,
+    'parallel': parallel_simple_gla,
+}
+# those that states go into and come out of
+STATEFUL = [mode for mode in MODES if mode != 'parallel']
+# those that give a sequence the same bits whatever else is in the batch
+INVARIANT = [mode for mode in MODES if mode != 'chunk']
+# those that multiply in the inputs' dtype
+CHUNKED = [mode for mode in MODES if mode != 'fused_recurrent']
 
 # Of outputs and states; of gate gradients. The recurrent mode rounds nothing but its output.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 6e-3)}
@@ -43,6 +71,12 @@ class Case:
     def __str__(self):
         shown = [f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return ','.join(shown).replace('torch.', '').replace(' ', '')
+
+    def of(self, mode: str) -> 'Case':
+        """The case, without states where the mode has none."""
+        if mode in STATEFUL:
+            return self
+        return dataclasses.replace(self, initial_state=False, output_final_state=False, state_v_first=False, state_dtype=torch.float32)
 
 
 def make_inputs(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:
@@ -106,7 +140,9 @@ def run(fn, case: Case, inputs: dict | None = None, allow_unused: bool = False) 
         name: inputs[name].detach().requires_grad_()
         for name in ('q', 'k', 'v', 'g', 'g_gamma', 'initial_state') if inputs[name] is not None
     }
-    options = {'output_final_state': case.output_final_state, 'scale': case.scale}
+    options = {'scale': case.scale}
+    if case.output_final_state:
+        options['output_final_state'] = True
     if case.cu_seqlens is not None:
         options['cu_seqlens'] = torch.tensor(case.cu_seqlens, dtype=case.cu_dtype, device=inputs['q'].device)
     if case.state_v_first:
@@ -128,10 +164,10 @@ def run(fn, case: Case, inputs: dict | None = None, allow_unused: bool = False) 
 def reference(case: Case, inputs: dict | None = None) -> dict[str, torch.Tensor]:
     """The same from naive in fp64: chunk by chunk, or token by token where the direction asks for it."""
 
-    def naive(q, k, v, g=None, g_gamma=None, initial_state=None, state_v_first=False, reverse=False, **options):
+    def naive(q, k, v, g=None, initial_state=None, output_final_state=False, state_v_first=False, reverse=False, **options):
         form, options = (naive_recurrent_simple_gla, options | {'reverse': True}) if reverse else (naive_chunk_simple_gla, options)
         h0 = initial_state.mT if state_v_first and initial_state is not None else initial_state
-        o, ht = form(q, k, v, g, g_gamma=g_gamma, initial_state=h0, **options)
+        o, ht = form(q, k, v, g, initial_state=h0, output_final_state=output_final_state, **options)
         return o, ht.mT if state_v_first and ht is not None else ht
 
     inputs = inputs or make_inputs(case)

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from harness import DEVICE, MODES
+from harness import DEVICE, MODES, STATEFUL
 
 import fla_simple_gla
+
+EMPTY = inspect.Parameter.empty
 
 
 def zeros(*shape, dtype=torch.float32, device=DEVICE):
@@ -17,18 +19,15 @@ def zeros(*shape, dtype=torch.float32, device=DEVICE):
 
 def arguments(**changes):
     B, T, H, K, V = 2, 5, 4, 8, 6
-    given = {
-        'q': zeros(B, T, 2, K), 'k': zeros(B, T, 2, K), 'v': zeros(B, T, H, V),
-        'g': zeros(B, T, H), 'initial_state': zeros(B, H, K, V),
-    }  # fmt: skip
-    return given | changes
+    return {'q': zeros(B, T, 2, K), 'k': zeros(B, T, 2, K), 'v': zeros(B, T, H, V), 'g': zeros(B, T, H)} | changes
 
 
-PACKED = {'q': zeros(1, 5, 2, 8), 'k': zeros(1, 5, 2, 8), 'v': zeros(1, 5, 4, 6), 'g': zeros(1, 5, 4), 'initial_state': None}
+STATE = zeros(2, 4, 8, 6)
 CU = torch.tensor([0, 2, 5], device=DEVICE)
+PACKED = {'q': zeros(1, 5, 2, 8), 'k': zeros(1, 5, 2, 8), 'v': zeros(1, 5, 4, 6), 'g': zeros(1, 5, 4), 'cu_seqlens': CU}
 
+# changes, the error, what it names
 BAD = [
-    # changes, the error, what it names
     ({'q': [[1.0]]}, TypeError, 'q must be a torch.Tensor, got list'),
     ({'v': zeros(2, 5, 4, 6, dtype=torch.int64)}, TypeError, 'v must be a floating-point tensor, got torch.int64'),
     ({'q': zeros(5, 2, 8)}, ValueError, r'q must have 4 dimensions .*\[5, 2, 8\]'),
@@ -45,18 +44,25 @@ BAD = [
     ({'g': None, 'g_gamma': zeros(2)}, ValueError, r'g_gamma must have shape \[H\] = \[4\], got \[2\]'),
     ({'scale': '1'}, TypeError, 'scale must be a number or None, got str'),
     ({'scale': torch.ones(1)}, TypeError, 'scale must be a number or None, got Tensor'),
-    ({'initial_state': zeros(2, 4, 6, 8)}, ValueError, r'initial_state .* \[N, H, K, V\] = \[2, 4, 8, 6\], got \[2, 4, 6, 8\]'),
-    ({'state_v_first': True}, ValueError, r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]'),
-    ({'initial_state': zeros(3, 4, 8, 6)}, ValueError, 'initial_state'),
     ({'cu_seqlens': CU}, ValueError, 'q must have a batch of 1 with cu_seqlens, got 2'),
     (PACKED | {'cu_seqlens': [0, 5]}, TypeError, 'cu_seqlens must be a torch.Tensor, got list'),
     (PACKED | {'cu_seqlens': CU.float()}, TypeError, 'cu_seqlens must be int32 or int64, got torch.float32'),
     (PACKED | {'cu_seqlens': CU[:1]}, ValueError, r'cu_seqlens must have shape \[N \+ 1\] with N >= 1, got \[1\]'),
     (PACKED | {'cu_seqlens': CU[None]}, ValueError, 'cu_seqlens must have shape'),
     (PACKED | {'cu_seqlens': CU[::2]}, ValueError, 'cu_seqlens must be contiguous'),
-    (PACKED | {'cu_seqlens': CU, 'initial_state': zeros(1, 4, 8, 6)}, ValueError, r'= \[2, 4, 8, 6\], got \[1, 4, 8, 6\]'),
     ({'unknown': 1}, TypeError, 'unknown'),
 ]  # fmt: skip
+BAD_STATES = [
+    ({'initial_state': STATE.mT}, ValueError, r'initial_state .* \[N, H, K, V\] = \[2, 4, 8, 6\], got \[2, 4, 6, 8\]'),
+    ({'initial_state': STATE, 'state_v_first': True}, ValueError, r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]'),
+    ({'initial_state': zeros(3, 4, 8, 6)}, ValueError, 'initial_state'),
+    (PACKED | {'initial_state': STATE[:1]}, ValueError, r'= \[2, 4, 8, 6\], got \[1, 4, 8, 6\]'),
+]
+BAD_COPIES = [
+    (PACKED | {'cu_seqlens_cpu': [0, 2, 5]}, TypeError, 'cu_seqlens_cpu must be a torch.Tensor, got list'),
+    (PACKED | {'cu_seqlens_cpu': CU.cpu()[:2]}, ValueError, r'must be a copy of cu_seqlens \[3\] on the CPU, got shape \[2\]'),
+    ({'cu_seqlens_cpu': CU.cpu()}, ValueError, 'cu_seqlens_cpu is given without cu_seqlens'),
+]
 if DEVICE == 'cuda':
     BAD += [
         ({'k': zeros(2, 5, 2, 8, device='cpu')}, ValueError, "k must be on q's device cuda:0, got cpu"),
@@ -66,8 +72,31 @@ if DEVICE == 'cuda':
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('changes, error, message', BAD, ids=[message for _, _, message in BAD])
+BAD_OF_MODE = {
+    'chunk': [
+        *BAD, *BAD_STATES, *BAD_COPIES,
+        ({'chunk_size': 48}, ValueError, 'chunk_size must be a power of two, got 48'),
+        ({'chunk_size': 0}, ValueError, 'chunk_size must be a power of two, got 0'),
+        ({'chunk_size': 64.0}, TypeError, 'chunk_size must be an int or None, got float'),
+        ({'reverse': True}, TypeError, 'reverse'),
+    ],
+    'fused_chunk': [*BAD, *BAD_STATES, ({'reverse': True}, TypeError, 'reverse')],
+    'fused_recurrent': [*BAD, *BAD_STATES],
+    'parallel': [
+        *BAD, *BAD_COPIES,
+        (PACKED | {'output_attentions': True}, ValueError, 'output_attentions is not available with cu_seqlens'),
+        ({'initial_state': STATE}, TypeError, 'initial_state'),
+        ({'output_final_state': True}, TypeError, 'output_final_state'),
+        ({'state_v_first': True}, TypeError, 'state_v_first'),
+        ({'reverse': True}, TypeError, 'reverse'),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'mode, changes, error, message',
+    [pytest.param(mode, *row, id=f'{mode}-{row[2]}') for mode, rows in BAD_OF_MODE.items() for row in rows],
+)
 def test_bad_input(mode, changes, error, message):
     with pytest.raises(error, match=message):
         MODES[mode](**arguments(**changes))
@@ -78,20 +107,45 @@ def test_good_input(mode):
     """What the bad inputs are changed from."""
     o, ht = MODES[mode](**arguments())
     assert o.shape == (2, 5, 4, 6) and ht is None
-    assert MODES[mode](**arguments(**PACKED, cu_seqlens=CU))[0].shape == (1, 5, 4, 6)
+    assert MODES[mode](**arguments(**PACKED))[0].shape == (1, 5, 4, 6)
+    if mode in STATEFUL:
+        _, ht = MODES[mode](**arguments(), initial_state=STATE, output_final_state=True)
+        assert ht.shape == STATE.shape
+    if mode in ('chunk', 'parallel'):
+        assert MODES[mode](**arguments(**PACKED), cu_seqlens_cpu=CU.cpu())[0].shape == (1, 5, 4, 6)
+
+
+@pytest.mark.parametrize('interpret', [True, False], ids=['kernels', 'CPU path'])
+def test_chunk_size_changes_only_rounding(interpret, monkeypatch):
+    if not interpret:
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    q, k, v = torch.randn(3, 1, 70, 2, 8, device=DEVICE if interpret else 'cpu')
+    o, _ = fla_simple_gla.chunk_simple_gla(q, k, v)
+    for chunk_size in (1, 16, 128):
+        other, _ = fla_simple_gla.chunk_simple_gla(q, k, v, chunk_size=chunk_size)
+        torch.testing.assert_close(other, o, rtol=1e-4, atol=1e-4)
 
 
 def test_signatures():
-    """Names, order and defaults of fla-core 0.6.0, with what is ours behind them."""
-    common = ['q', 'k', 'v', 'g', 'g_gamma', 'scale', 'initial_state', 'output_final_state']
-    chunk = inspect.signature(fla_simple_gla.fused_chunk_simple_gla).parameters
-    recurrent = inspect.signature(fla_simple_gla.fused_recurrent_simple_gla).parameters
-    assert list(chunk) == [*common, 'cu_seqlens', 'state_v_first']
-    assert list(recurrent) == [*common, 'reverse', 'state_v_first', 'cu_seqlens', 'transpose_state_layout']
-    for parameters in (chunk, recurrent):
-        for name, parameter in parameters.items():
-            flag = name in ('output_final_state', 'reverse', 'state_v_first')
-            assert parameter.default is (inspect.Parameter.empty if name in 'qkv' else False if flag else None), name
+    """Names, order, kinds and defaults of fla-core 0.6.0, with what is ours behind them."""
+    states = {'initial_state': None, 'output_final_state': False}
+    common = {'q': EMPTY, 'k': EMPTY, 'v': EMPTY, 'g': None}
+    packed = {'cu_seqlens': None, 'cu_seqlens_cpu': None}
+    expected = {
+        'chunk': common | {'g_gamma': None, 'scale': None} | states | {'state_v_first': False} | packed,
+        'fused_chunk': common | {'g_gamma': None, 'scale': None} | states | {'cu_seqlens': None},
+        'fused_recurrent': common
+        | {'g_gamma': None, 'scale': None} | states | {'reverse': False, 'state_v_first': False, 'cu_seqlens': None},
+        'parallel': common | {'scale': None, 'output_attentions': False} | packed,
+    }  # fmt: skip
+    ours = {
+        'chunk': {'chunk_size'}, 'fused_chunk': {'state_v_first'}, 'fused_recurrent': {'transpose_state_layout'}, 'parallel': {'g_gamma'},
+    }  # fmt: skip
+    for mode, theirs in expected.items():
+        parameters = inspect.signature(getattr(fla_simple_gla, f'{mode}_simple_gla')).parameters
+        positional = {name: p.default for name, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
+        assert list(positional.items())[: len(theirs)] == list(theirs.items()), mode
+        assert parameters.keys() - theirs.keys() == ours[mode], mode
 
 
 def test_deprecated_name_of_state_v_first():
@@ -109,11 +163,11 @@ def test_without_triton():
 import sys
 sys.modules['triton'] = None
 import torch
-from fla_simple_gla import fused_chunk_simple_gla, fused_recurrent_simple_gla
+import fla_simple_gla
 from fla_simple_gla._triton import runs_kernels
 q = torch.randn(1, 5, 2, 8, requires_grad=True)
-for mode in (fused_chunk_simple_gla, fused_recurrent_simple_gla):
-    mode(q, q, q)[0].sum().backward()
+for mode in fla_simple_gla.__all__:
+    getattr(fla_simple_gla, mode)(q, q, q, -q[..., 0].abs())[0].sum().backward()
 try:
     runs_kernels(q.to('meta'))
 except RuntimeError as error:

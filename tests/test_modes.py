@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import GPU, MODES, Case, check, errors, make_inputs, reference, rms_error, run
+from harness import CHUNKED, GPU, MODES, STATEFUL, Case, check, errors, make_inputs, reference, rms_error, run
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 INF = float('inf')
@@ -32,10 +32,21 @@ CASES = [
     Case(40, scale=0.3), Case(40, scale=-2.0),
 ]  # fmt: skip
 
-FUSED_CHUNK_CASES = [
+# several chunks, blocks of an attention map, and steps of a long row
+CHUNKED_CASES = [
     Case(31), Case(70, K=24, V=40), Case(50, K=40, V=72, B=2, H=3), Case(70, dtype=fp16, K=24, V=40, B=2),
     Case(300, memory=3), Case(300, memory=100), Case(150, dtype=fp16, memory=3, K=64, V=64), Case(290, cu_seqlens=(0, 130, 131, 280)),
     Case(33, K=300, V=20), Case(20, K=20, V=300), Case(20, K=512, V=512, H=1, dtype=fp16),
+]  # fmt: skip
+
+# segments of 128 tokens: whole ones, short last ones, sequences of one and of several, in every row of the contract
+SEGMENT_CASES = [
+    Case(256), Case(257, dtype=fp16, K=24, V=40), Case(400, B=2, H=4, HK=2, memory=100), Case(300, gate='gamma', state_v_first=True),
+    Case(300, gate=None, layout='qkv'), Case(300, initial_state=False), Case(300, output_final_state=False, scale=0.3),
+    Case(300, memory=300, resets=((0, -INF), (127, -1e30), (128, -INF), (200, -90.0), (255, -1e4))), Case(300, memory=1),
+    Case(600, cu_seqlens=(0, 130, 130, 131, 387, 580), memory=100), Case(300, cu_seqlens=(0, 0, 300), cu_dtype=torch.int32, gate=None),
+    Case(256, K=72, V=40, layout='odd'), Case(300, K=20, V=12, layout='wide', H=3, HK=1), Case(300, layout='heads_first', B=2),
+    Case(300, gate_dtype=fp16, state_dtype=fp16),
 ]  # fmt: skip
 
 REVERSE_CASES = [
@@ -59,13 +70,14 @@ GPU_CASES = [
 
 
 def with_mode(cases, *modes):
-    return [pytest.param(mode, case, id=f'{mode}-{case}') for case in cases for mode in modes]
+    found = {f'{mode}-{case.of(mode)}': (mode, case.of(mode)) for case in cases for mode in modes}
+    return [pytest.param(*parameters, id=name) for name, parameters in found.items()]
 
 
 @pytest.mark.parametrize(
     'mode, case',
-    with_mode(CASES, *MODES) + with_mode(FUSED_CHUNK_CASES, 'fused_chunk') + with_mode(REVERSE_CASES, 'fused_recurrent')
-    + (with_mode(GPU_CASES, *MODES) if GPU else []),
+    with_mode(CASES, *MODES) + with_mode(CHUNKED_CASES, 'fused_chunk', 'parallel') + with_mode(SEGMENT_CASES, 'segments')
+    + with_mode(REVERSE_CASES, 'fused_recurrent') + (with_mode(GPU_CASES, *MODES) if GPU else []),
 )
 def test_against_naive(mode, case):
     inputs = make_inputs(case)
@@ -85,15 +97,16 @@ def test_against_naive(mode, case):
 
 @pytest.mark.parametrize('T', [64, 67, 1000, 8192] if GPU else [67, 300])
 @pytest.mark.parametrize('memory', [1, 3, 10, 100, 1000])
-def test_accuracy_does_not_depend_on_length_or_gates(T, memory):
+@pytest.mark.parametrize('mode', ['segments', 'fused_chunk', 'parallel'])
+def test_accuracy_does_not_depend_on_length_or_gates(mode, T, memory):
     """The gate gradient is a sum over all that follows: noise must not pile up in it, with no state given and with states."""
     # half precision has an eighth of bfloat16's rounding, with which the interpreter cannot multiply
     dtype, factor = (bf16, 1) if GPU else (fp16, 8)
     D = 128 if GPU else 32
-    for states in (False, True):
+    for states in (False, True) if mode in STATEFUL else (False,):
         case = Case(T, H=4, K=D, V=D, dtype=dtype, memory=memory, initial_state=states, output_final_state=states)
         inputs = make_inputs(case)
-        found = errors(run(MODES['fused_chunk'], case, inputs), reference(case, inputs))
+        found = errors(run(MODES[mode], case, inputs), reference(case, inputs))
         for name, error in found.items():
             assert error * factor <= (6e-3 if name == 'dg' else 4e-3), f'{states=} {found}'
 
@@ -133,21 +146,22 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize('mode', CHUNKED)
 @pytest.mark.parametrize('setting', [name for name in SETTINGS if name != 'fp32_precision' or hasattr(torch.backends.cuda.matmul, name)])
-def test_tf32_where_the_user_allows_it(setting):
+def test_tf32_where_the_user_allows_it(setting, mode):
     from fla_simple_gla.fused_chunk import fp32_precision
 
-    case = Case(40, K=32, V=32)
+    case = Case(200, K=32, V=32).of(mode)
     inputs = make_inputs(case)
     expected = reference(case, inputs)
     SETTINGS[setting](True)
     try:
         assert fp32_precision(torch.float32) == 'tf32'
-        found = errors(run(MODES['fused_chunk'], case, inputs), expected)
+        found = errors(run(MODES[mode], case, inputs), expected)
     finally:
         SETTINGS[setting](False)
     assert fp32_precision(torch.float32) == 'tf32x3'
     assert max(found.values()) < 2e-3, found
     if GPU:
         assert found['o'] > 1e-5, 'tf32 was allowed but not used'
-    check(case, run(MODES['fused_chunk'], case, inputs), expected)
+    check(case, run(MODES[mode], case, inputs), expected)

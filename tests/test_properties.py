@@ -1,16 +1,41 @@
 """What holds between runs: pieces and wholes, modes and modes, batches and their rows, the same call twice."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, TOLERANCE, Case, check, make_inputs, poisoned_memory, reference, rms_error, run
+from harness import (
+    CHUNKED,
+    DEVICE,
+    GPU,
+    INVARIANT,
+    MODES,
+    STATEFUL,
+    TOLERANCE,
+    Case,
+    check,
+    make_inputs,
+    poisoned_memory,
+    reference,
+    rms_error,
+    run,
+)
 
-from fla_simple_gla import naive_chunk_simple_gla
+from fla_simple_gla import (
+    chunk_simple_gla,
+    fused_recurrent_simple_gla,
+    naive_chunk_simple_gla,
+    naive_parallel_simple_gla,
+    parallel_simple_gla,
+)
 from fla_simple_gla._layout import rows_in_place
+from fla_simple_gla.parallel import attention_config
 
 INF = float('inf')
 HALF = torch.bfloat16 if GPU else torch.float16
-# long enough for several chunks and anchor blocks of the sweep; the interpreter goes token by token slowly
-LENGTH = {'fused_chunk': 600 if GPU else 150, 'fused_recurrent': 100 if GPU else 20}
+# long enough for several chunks, blocks and segments; the interpreter goes token by token slowly
+LENGTH = dict.fromkeys(MODES, 600 if GPU else 150) | {'segments': 600 if GPU else 280, 'fused_recurrent': 100 if GPU else 20}
 D = 64 if GPU else 16
 
 
@@ -24,7 +49,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', STATEFUL)
 def test_pieces_equal_the_whole(mode):
     """The state handed over at any point gives outputs and gradients of the whole, gradients flowing back through it."""
     case = Case(LENGTH[mode], K=D, V=D)
@@ -39,7 +64,7 @@ def test_pieces_equal_the_whole(mode):
     check(case, run(in_pieces, case, inputs), reference(case, inputs))
 
 
-@pytest.mark.parametrize('first, second', [('fused_chunk', 'fused_recurrent'), ('fused_recurrent', 'fused_chunk')])
+@pytest.mark.parametrize('first, second', [*itertools.permutations(['chunk', 'fused_chunk', 'fused_recurrent'], 2)])
 def test_modes_hand_states_to_each_other(first, second):
     case = Case(40, K=D, V=D, B=2, state_v_first=True)
     inputs = make_inputs(case)
@@ -65,19 +90,19 @@ def test_causality(mode):
     assert not torch.equal(before[:, cut:], after[:, cut:])
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', INVARIANT)
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 def test_a_packed_sequence_is_that_sequence_alone(mode, dtype):
     """Bit for bit, wherever it starts; so it is with its gradients and states."""
-    bounds = (0, 33, 33, 34, LENGTH[mode] + 34) if mode == 'fused_chunk' else (0, 5, 5, 6, LENGTH[mode])
-    case = Case(bounds[-1] + 9, K=D, V=D, dtype=dtype, cu_seqlens=bounds)
+    bounds = (0, 33, 33, 34, LENGTH[mode] + 34) if mode in CHUNKED else (0, 5, 5, 6, LENGTH[mode])
+    case = Case(bounds[-1] + 9, K=D, V=D, dtype=dtype, cu_seqlens=bounds).of(mode)
     inputs = make_inputs(case)
     packed = run(MODES[mode], case, inputs)
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
         alone = {
             name: x if x is None else x[n : n + 1] if name in ('initial_state', 'dht') else x[:, start:end] for name, x in inputs.items()
         }
-        expected = run(MODES[mode], Case(end - start, K=D, V=D, dtype=dtype), alone)
+        expected = run(MODES[mode], Case(end - start, K=D, V=D, dtype=dtype).of(mode), alone)
         found = {
             name: x[n : n + 1] if name in ('ht', 'dinitial_state') else x[:, start:end] for name, x in packed.items()
         }
@@ -90,7 +115,7 @@ def test_a_packed_sequence_is_that_sequence_alone(mode, dtype):
 @pytest.mark.parametrize('mode', MODES)
 def test_tokens_behind_the_last_sequence_are_not_read(mode):
     """Padding may hold anything: its outputs and gradients are zero, and nothing of it gets into the others."""
-    case = Case(30, K=D, V=D, cu_seqlens=(0, 7, 19))
+    case = Case(30, K=D, V=D, cu_seqlens=(0, 7, 19)).of(mode)
     inputs = make_inputs(case)
     expected = reference(case, inputs)
     for name in ('q', 'k', 'v', 'g', 'do'):
@@ -100,21 +125,27 @@ def test_tokens_behind_the_last_sequence_are_not_read(mode):
     assert all((results[name][:, 19:] == 0).all() for name in ('o', 'dq', 'dk', 'dv', 'dg'))
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', INVARIANT)
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 def test_batch_invariance(mode, dtype):
-    case = Case(LENGTH[mode], B=3, K=D, V=D, dtype=dtype)
+    case = Case(LENGTH[mode], B=3, K=D, V=D, dtype=dtype).of(mode)
     inputs = make_inputs(case)
     whole = run(MODES[mode], case, inputs)
-    row = {name: x if x is None else x[1:2] for name, x in inputs.items()}
+    # what is in the other rows must not even be a number
+    row = {name: x if x is None else x[1:2].clone() for name, x in inputs.items()}
     assert_same_bits({name: x[1:2] for name, x in whole.items()}, run(MODES[mode], case, row))
+    for x in inputs.values():
+        if x is not None:
+            x[0] = x[2] = float('nan')
+    broken = run(MODES[mode], case, inputs)
+    assert_same_bits({name: x[1:2] for name, x in broken.items()}, run(MODES[mode], case, row))
 
 
 @pytest.mark.parametrize('dim', [64, 128, 256, 512] if GPU else [16])
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize('mode', MODES)
 def test_same_bits_every_time(mode, dtype, dim):
-    case = Case(LENGTH[mode] if GPU else 20, B=2, H=8 if GPU else 2, K=dim, V=dim, dtype=dtype)
+    case = Case(LENGTH[mode] if GPU else 20, B=2, H=8 if GPU else 2, K=dim, V=dim, dtype=dtype).of(mode)
     inputs = make_inputs(case)
     first = run(MODES[mode], case, inputs)
     for _ in range(20 if GPU else 1):
@@ -127,11 +158,11 @@ def test_nothing_crosses_a_reset(mode, gate):
     """Neither values forward nor gradients backward, to the bit; and what is beside the reset keeps its accuracy."""
     T = LENGTH[mode]
     t = T // 2 + 5
-    case = Case(T, K=D, V=D, memory=1000, resets=((t, gate),))
+    case = Case(T, K=D, V=D, memory=1000, resets=((t, gate),)).of(mode)
     inputs = make_inputs(case)
     first = run(MODES[mode], case, inputs)
     check(case, first, reference(case, inputs))
-    other = make_inputs(Case(T, K=D, V=D, memory=1000, resets=((t, gate),), seed=1))
+    other = make_inputs(dataclasses.replace(case, seed=1))
     changed = {name: torch.cat([other[name][:, :t], inputs[name][:, t:]], 1) for name in ('q', 'k', 'v', 'do')}
     second = run(MODES[mode], case, inputs | changed | {'initial_state': other['initial_state']})
     for name in ('o', 'dq', 'dk', 'dv'):
@@ -140,53 +171,121 @@ def test_nothing_crosses_a_reset(mode, gate):
     third = run(MODES[mode], case, inputs | changed | {'dht': other['dht']})
     for name in ('o', 'dq', 'dk', 'dv'):
         assert torch.equal(first[name][:, :t], third[name][:, :t]), name
-    assert torch.equal(first['dinitial_state'], third['dinitial_state'])
+    if mode in STATEFUL:
+        assert torch.equal(first['dinitial_state'], third['dinitial_state'])
     # what follows is in the sums that dg is taken from, and cancels to their rounding
     assert rms_error(first['dg'][:, :t], third['dg'][:, :t]) < 1e-5
     assert (first['dg'][:, t] == 0).all()
 
 
-def test_no_noise_crosses_a_reset():
+@pytest.mark.parametrize('mode', CHUNKED)
+def test_no_noise_crosses_a_reset(mode):
     """What follows a reset may be far larger than what is before it: its rounding must not get into the gate gradient there."""
     t = 40
-    case = Case(300, K=D, V=D, dtype=HALF, memory=100, resets=((t, -INF),))
+    case = Case(300, K=D, V=D, dtype=HALF, memory=100, resets=((t, -INF),)).of(mode)
     inputs = make_inputs(case)
     for name in ('v', 'do'):
         inputs[name][:, t:] *= 30
-    found, expected = run(MODES['fused_chunk'], case, inputs)['dg'], reference(case, inputs)['dg']
+    found, expected = run(MODES[mode], case, inputs)['dg'], reference(case, inputs)['dg']
     assert rms_error(found[:, :t], expected[:, :t]) <= TOLERANCE[HALF][1]
+
+
+@pytest.mark.parametrize('case', [Case(100, B=2, H=4, HK=2), Case(70, gate='gamma', K=24, V=40, dtype=HALF), Case(40, gate=None)], ids=str)
+def test_attention_map(case):
+    inputs = make_inputs(case.of('parallel'))
+    arguments = {name: inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma')}
+    arguments['q'].requires_grad_()
+    with poisoned_memory():
+        o, attention = parallel_simple_gla(**arguments, output_attentions=True)
+    _, expected = naive_parallel_simple_gla(**{name: None if x is None else x.detach().double() for name, x in arguments.items()})
+    assert attention.dtype == case.dtype and not attention.requires_grad
+    assert rms_error(attention, expected) <= TOLERANCE[case.dtype][0]
+    assert (attention.triu(1) == 0).all()
+    plain, none = parallel_simple_gla(**arguments)
+    assert none is None and torch.equal(o, plain)
+    # the map does not change what flows back from o
+    do = inputs['do']
+    assert torch.equal(torch.autograd.grad(o, arguments['q'], do)[0], torch.autograd.grad(plain, arguments['q'], do)[0])
+
+
+@pytest.mark.parametrize('resets, memory', [(True, 100.0), (False, 0.05)], ids=['a reset', 'strong gates'])
+def test_tiles_without_anything_are_skipped(resets, memory):
+    """What is behind a decay of zero is not even read, where it would have made NaN of 0 times infinity; and the bits are the same."""
+    BT = attention_config(D, D, torch.float32, torch.device(DEVICE)).BT
+    first = 2 * BT if resets else 4 * BT
+    case = Case(6 * BT, K=D, V=D, memory=memory, resets=((2 * BT, -INF),) if resets else ()).of('parallel')
+    inputs = make_inputs(case)
+    inputs['g'].clamp_(max=-0.1 / memory)
+    expected = run(parallel_simple_gla, case, inputs)
+    for name in ('q', 'k', 'v', 'do'):
+        inputs[name][:, : 2 * BT] = INF
+    found = run(parallel_simple_gla, case, inputs)
+    for name in ('o', 'dq', 'dk', 'dv'):
+        assert torch.equal(found[name][:, first:], expected[name][:, first:]), name
+    inputs = make_inputs(case)
+    inputs['g'].clamp_(max=-0.1 / memory)
+    for name in ('q', 'k', 'v', 'do'):
+        inputs[name][:, 2 * BT :] = INF
+    found = run(parallel_simple_gla, case, inputs)
+    end = 2 * BT if resets else 0
+    for name in ('o', 'dq', 'dk', 'dv'):
+        assert torch.equal(found[name][:, :end], expected[name][:, :end]), name
+
+
+def test_how_many_segments(monkeypatch):
+    """As many as fill the GPU, and one where the sequences and heads do."""
+    from fla_simple_gla import chunk, fused_chunk
+
+    monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
+    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
+
+    def segments(B, T, H, D):
+        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, D, torch.bfloat16, torch.device('cuda', 0))
+        assert tokens is None or tokens % 128 == 0
+        return 1 if tokens is None else -(-T // tokens)
+
+    assert segments(4, 4096, 64, 128) == 1
+    assert segments(1, 8192, 96, 128) == 1
+    assert segments(1, 100, 1, 64) == 1
+    # 16 programs to a segment, where 264 run at once
+    assert 14 <= segments(1, 131072, 8, 128) <= 16
+    assert segments(2, 16384, 16, 128) == 4
+    assert segments(1, 1_000_000, 4, 64) > 60
 
 
 @pytest.mark.parametrize('mode', MODES)
 def test_expanded_gradient(mode):
     """`.sum().backward()` passes a gradient with strides of zero."""
-    case = Case(20, K=D, V=D)
+    case = Case(20, K=D, V=D, initial_state=False, output_final_state=False)
     inputs = make_inputs(case)
     q, k, v, g = (x.requires_grad_() for x in tensors(inputs))
     MODES[mode](q, k, v, g)[0].sum().backward()
-    expected = reference(case, inputs | {'do': torch.ones_like(v), 'initial_state': None, 'dht': torch.zeros(1, 2, D, D, device=DEVICE)})
+    expected = reference(case, inputs | {'do': torch.ones_like(v)})
     for name, x in (('dq', q), ('dk', k), ('dv', v), ('dg', g)):
         assert rms_error(x.grad, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize('mode', MODES)
 def test_gradients_of_some_inputs_only(mode):
-    case = Case(20, K=D, V=D)
+    case = Case(LENGTH[mode], K=D, V=D).of(mode)
     inputs = make_inputs(case)
     expected = run(MODES[mode], case, inputs)
-    for name in ('q', 'k', 'v', 'g', 'initial_state'):
-        arguments = {n: inputs[n].detach() for n in ('q', 'k', 'v', 'g', 'initial_state')}
+    names = ('q', 'k', 'v', 'g', 'initial_state') if mode in STATEFUL else ('q', 'k', 'v', 'g')
+    options = {'output_final_state': True} if mode in STATEFUL else {}
+    for name in names:
+        arguments = {n: inputs[n].detach() for n in names}
         arguments[name].requires_grad_()
         with poisoned_memory():
-            o, ht = MODES[mode](**arguments, output_final_state=True)
-            (grad,) = torch.autograd.grad([o, ht], [arguments[name]], [inputs['do'], inputs['dht']])
+            o, ht = MODES[mode](**arguments, **options)
+            outputs, grads = ([o, ht], [inputs['do'], inputs['dht']]) if mode in STATEFUL else ([o], [inputs['do']])
+            (grad,) = torch.autograd.grad(outputs, [arguments[name]], grads)
         arguments[name].requires_grad_(False)
         assert torch.equal(grad, expected[f'd{name}']), name
 
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', STATEFUL)
 def test_gradient_through_the_state_alone(mode):
-    case = Case(20, K=D, V=D)
+    case = Case(LENGTH[mode], K=D, V=D)
     inputs = make_inputs(case)
     q, k, v, g = (x.requires_grad_() for x in tensors(inputs))
     _, ht = MODES[mode](q, k, v, g, output_final_state=True)
@@ -206,7 +305,7 @@ def test_no_layout_with_contiguous_rows_is_copied(layout):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_inputs_are_left_alone(mode):
-    case = Case(20, K=D, V=D, layout='qkv')
+    case = Case(20, K=D, V=D, layout='qkv').of(mode)
     inputs = make_inputs(case)
     copies = {name: None if x is None else x.clone() for name, x in inputs.items()}
     run(MODES[mode], case, inputs)
@@ -216,7 +315,7 @@ def test_inputs_are_left_alone(mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_last_dimension_with_a_stride(mode):
-    case = Case(20, K=D, V=D)
+    case = Case(20, K=D, V=D).of(mode)
     inputs = make_inputs(case)
     strided = {name: x if name not in 'qkv' else x.mT.contiguous().mT for name, x in inputs.items()}
     assert strided['q'].stride(-1) != 1
@@ -233,11 +332,13 @@ def test_autocast(mode, dtype, monkeypatch):
     case = Case(20, K=D, V=D)
     inputs = make_inputs(case)
     q, k, v, g = tensors(inputs)
+    options = {'initial_state': inputs['initial_state'], 'output_final_state': True} if mode in STATEFUL else {}
     with torch.autocast(DEVICE, dtype):
-        o, ht = MODES[mode](q, k.to(dtype), v, g, initial_state=inputs['initial_state'], output_final_state=True)
-    by_hand = MODES[mode](q.to(dtype), k.to(dtype), v.to(dtype), g, initial_state=inputs['initial_state'], output_final_state=True)
-    assert o.dtype == dtype and ht.dtype == torch.float32
-    assert torch.equal(o, by_hand[0]) and torch.equal(ht, by_hand[1])
+        o, ht = MODES[mode](q, k.to(dtype), v, g, **options)
+    by_hand = MODES[mode](q.to(dtype), k.to(dtype), v.to(dtype), g, **options)
+    assert o.dtype == dtype and torch.equal(o, by_hand[0])
+    if mode in STATEFUL:
+        assert ht.dtype == torch.float32 and torch.equal(ht, by_hand[1])
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -252,9 +353,15 @@ def test_second_derivatives_are_refused(mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_no_tokens_and_no_batch(mode):
-    q = torch.zeros(0, 5, 2, D, device=DEVICE)
-    o, ht = MODES[mode](q, q, q, output_final_state=True)
-    assert o.shape == q.shape and ht.shape == (0, 2, D, D)
+    options = {'output_final_state': True} if mode in STATEFUL else {}
+    for B, T in ((0, 5), (0, 300), (2, 0)):
+        q = torch.zeros(B, T, 2, D, device=DEVICE, requires_grad=True)
+        g = torch.zeros(B, T, 2, device=DEVICE, requires_grad=True)
+        o, ht = MODES[mode](q, q, q, g, **options)
+        assert o.shape == q.shape
+        if mode in STATEFUL:
+            assert ht.shape == (B, 2, D, D) and (ht == 0).all()
+        torch.autograd.grad(o.sum(), [q, g])
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -266,11 +373,13 @@ def test_cpu_path(mode, monkeypatch):
         Case(40, K=6, V=5, gate='gamma', cu_seqlens=(0, 7, 7, 30), initial_state=False),
         Case(30, K=6, V=5, gate=None, dtype=torch.bfloat16),
     ):
+        case = case.of(mode)
         inputs = make_inputs(case, 'cpu')
         check(case, run(MODES[mode], case, inputs), reference(case, inputs))
-    inputs = {name: None if x is None else x.double() for name, x in make_inputs(Case(30), 'cpu').items()}
-    results, expected = run(MODES[mode], Case(30), inputs), reference(Case(30), inputs)
-    assert results['ht'].dtype == torch.float64
+    case = Case(30).of(mode)
+    inputs = {name: None if x is None else x.double() for name, x in make_inputs(case, 'cpu').items()}
+    results, expected = run(MODES[mode], case, inputs), reference(case, inputs)
+    assert results['o'].dtype == torch.float64
     assert all(rms_error(results[name], expected[name]) < 1e-12 for name in expected)
 
 
@@ -278,33 +387,62 @@ if GPU:
 
     def test_many_programs():
         """More heads in the batch than a grid's second dimension could have."""
-        case = Case(3, B=70_000, H=1, K=16, V=16)
-        inputs = make_inputs(case)
-        for mode in MODES:
-            check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+        for B, H in ((70_000, 1), (1, 70_000)):
+            for mode in MODES:
+                case = Case(3, B=B, H=H, K=16, V=16).of(mode)
+                inputs = make_inputs(case)
+                check(case, run(MODES[mode], case, inputs), reference(case, inputs))
 
-    @pytest.mark.parametrize('layout', ['contiguous', 'heads_first'])
-    def test_more_elements_than_int32_counts(layout):
+    @pytest.mark.parametrize(
+        'mode, layout', [('chunk', 'contiguous'), ('chunk', 'heads_first'), ('fused_chunk', 'heads_first'), ('parallel', 'contiguous')]
+    )
+    def test_more_elements_than_int32_counts(mode, layout):
         """The end of tensors of 2.4e9 numbers, which a reset cuts off from what is before it, and its gradients."""
-        T, H, tail = 1_150_000, 16, 1000
+        # (the memory for the gate gradient of the quadratic mode grows with the square of T)
+        T, H, tail = (72_000, 256, 1000) if mode == 'parallel' else (1_150_000, 16, 1000)
         shape = (1, T, H, 128) if layout == 'contiguous' else (1, H, T, 128)
         q, k, v, do = (torch.randn(shape, dtype=torch.bfloat16, device='cuda') for _ in range(4))
         if layout == 'heads_first':
             q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
         assert q.numel() > 2**31
-        g = torch.full((1, T, H), -0.05, device='cuda')
+        # the quadratic mode is to skip nearly everything
+        g = torch.full((1, T, H), -5.0 if mode == 'parallel' else -0.05, device='cuda')
         g[:, -tail] = -INF
         results = []
-        for mode, inputs in (
-            (MODES['fused_chunk'], (q, k, v, g)),
+        for form, inputs in (
+            (MODES[mode], (q, k, v, g)),
             (naive_chunk_simple_gla, tuple(x[:, -tail:].double() for x in (q, k, v, g))),
         ):
             leaves = [x.detach().requires_grad_() for x in inputs]
-            o, ht = mode(*leaves, output_final_state=True)
+            o, ht = form(*leaves, **({'output_final_state': True} if mode in STATEFUL else {}))
             gradients = torch.autograd.grad(o, leaves, do[:, -o.shape[1] :].to(o.dtype))
-            results.append([ht.detach(), *(x.detach()[:, -tail:] for x in (o, *gradients))])
-        for name, found, expected in zip(('ht', 'o', 'dq', 'dk', 'dv', 'dg'), *results, strict=True):
+            results.append([x.detach()[:, -tail:] for x in (o, *gradients)] + ([] if ht is None else [ht.detach()]))
+        for name, found, expected in zip(('o', 'dq', 'dk', 'dv', 'dg', 'ht'), *results):
             assert rms_error(found, expected) < TOLERANCE[q.dtype][name == 'dg'], name
+
+    def test_a_million_tokens():
+        """The chunk mode agrees with the recurrent one, and its memory is that of its results: it grows with T, with no states in it."""
+        H, D = 4, 64
+        extra = []
+        for T in (500_000, 1_000_000):
+            torch.manual_seed(0)
+            q, k, v, do = (torch.randn(1, T, H, D, dtype=torch.bfloat16, device='cuda') for _ in range(4))
+            g = torch.nn.functional.logsigmoid(torch.randn(1, T, H, device='cuda') + 5)
+            leaves = [x.requires_grad_() for x in (q, k, v, g)]
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            o, ht = chunk_simple_gla(*leaves, output_final_state=True)
+            gradients = torch.autograd.grad(o, leaves, do)
+            extra.append(torch.cuda.max_memory_allocated() - before)
+            results = sum(x.nbytes for x in (o, ht, *gradients))
+            assert extra[-1] < 1.06 * results, f'{extra[-1] / results:.3f}'
+            assert all(x.isfinite().all() for x in gradients)
+        assert extra[1] < 2.05 * extra[0]
+        with torch.no_grad():
+            expected, state = fused_recurrent_simple_gla(*leaves, output_final_state=True)
+        assert rms_error(o.detach(), expected) < TOLERANCE[o.dtype][0]
+        assert rms_error(ht.detach(), state) < TOLERANCE[o.dtype][0]
 
     def test_no_call_waits_for_the_gpu():
         """Neither forward nor backward synchronises, with packed sequences least of all."""
@@ -315,7 +453,7 @@ if GPU:
         torch.cuda.set_sync_debug_mode('error')
         try:
             for mode in MODES.values():
-                o, _ = mode(*leaves, cu_seqlens=cu_seqlens, output_final_state=True)
+                o, _ = mode(*leaves, cu_seqlens=cu_seqlens)
                 torch.autograd.grad(o, leaves, inputs['do'])
         finally:
             torch.cuda.set_sync_debug_mode('default')
