@@ -204,8 +204,8 @@ def sweep_kernel(
     if state_out is not None:
         # the last segment's
         if (first == bos if REVERSE else end == eos):
-            p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
-            tl.store(p_s, b_s, mask=m_s)
+            p_out = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+            tl.store(p_out, b_s, mask=m_s)
 
 
 class Config(NamedTuple):
