@@ -1,6 +1,6 @@
 """Time the modes on a GPU: forward, forward + backward, host time, the memory they add, the first call on an empty kernel cache.
 
-    python benchmarks/run.py [--shape B T H D]... [--fla]
+    python benchmarks/run.py [--shape B T H D]... [--mode MODE]... [--fla]
 
 Times are medians of `triton.testing.do_bench`, in milliseconds. The floor is the bytes that have to move, over the bandwidth of a
 large copy measured in the same run: 4 passes forward (q, k, v read and o written once), 11 for forward + backward (backward reads
@@ -19,9 +19,15 @@ import time
 import torch
 from triton.testing import do_bench
 
-from fla_simple_gla import fused_chunk_simple_gla, naive_chunk_simple_gla
+import fla_simple_gla
+from fla_simple_gla import naive_chunk_simple_gla
 
-SHAPES = [(4, 4096, 64, 128), (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 2048, 32, 256), (8, 1024, 8, 64)]
+SHAPES = [
+    (4, 4096, 64, 128), (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 2048, 32, 256), (8, 1024, 8, 64),
+    (1, 131072, 8, 128), (1, 1000000, 4, 64),
+]  # fmt: skip
+# the quadratic mode is for short sequences
+LONGEST = {'parallel': 4096}
 
 
 def median(fn) -> float:
@@ -92,18 +98,18 @@ def first_call() -> None:
     """In a process of its own with an empty kernel cache: seconds of the first forward and the first backward."""
     code = """
 import time, torch
-from fla_simple_gla import fused_chunk_simple_gla
-q, k, v, do = (torch.randn(4, 4096, 64, 128, dtype=torch.bfloat16, device='cuda') for _ in range(4))
-g = torch.full((4, 4096, 64), -0.1, device='cuda')
+from fla_simple_gla import chunk_simple_gla
+q, k, v, do = (torch.randn(1, 131072, 8, 128, dtype=torch.bfloat16, device='cuda') for _ in range(4))
+g = torch.full((1, 131072, 8), -0.1, device='cuda')
 leaves = [x.requires_grad_() for x in (q, k, v, g)]
 torch.cuda.synchronize()
 t0 = time.time()
-o, _ = fused_chunk_simple_gla(*leaves)
+o, _ = chunk_simple_gla(*leaves)
 torch.cuda.synchronize()
 t1 = time.time()
 torch.autograd.grad(o, leaves, do)
 torch.cuda.synchronize()
-print(f'first call on an empty cache: forward {t1 - t0:.1f} s, backward {time.time() - t1:.1f} s')
+print(f'first call of chunk on an empty cache, in segments: forward {t1 - t0:.1f} s, backward {time.time() - t1:.1f} s')
 """
     with tempfile.TemporaryDirectory() as cache:
         path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
@@ -113,19 +119,21 @@ print(f'first call on an empty cache: forward {t1 - t0:.1f} s, backward {time.ti
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', type=int, nargs=4, action='append', metavar=('B', 'T', 'H', 'D'))
+    parser.add_argument('--mode', choices=('chunk', 'fused_chunk', 'parallel'), action='append')
     parser.add_argument('--fla', action='store_true', help="time fla-core's fused_chunk beside ours (it tunes itself first: minutes)")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f'{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}', flush=True)
     first_call()
-    modes = {'fused_chunk': fused_chunk_simple_gla}
+    modes = {mode: getattr(fla_simple_gla, f'{mode}_simple_gla') for mode in options.mode or ('chunk', 'fused_chunk', 'parallel')}
     if options.fla:
         from fla.ops.simple_gla import fused_chunk_simple_gla as fla_fused_chunk
 
         modes['fla'] = fla_fused_chunk
     for shape in options.shape or SHAPES:
         for name, fn in modes.items():
-            time_shape(name, fn, shape, bandwidth)
+            if shape[1] <= LONGEST.get(name, shape[1]):
+                time_shape(name, fn, shape, bandwidth)
 
 
 if __name__ == '__main__':

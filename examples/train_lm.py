@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fla_simple_gla import fused_chunk_simple_gla as parallel_mode
+from fla_simple_gla import chunk_simple_gla as parallel_mode
 from fla_simple_gla import fused_recurrent_simple_gla as recurrent_mode
 
 BYTES = 256

@@ -145,8 +145,8 @@ def combine_kernel(
     slot = first_slot(cu_seqlens, i_n, bos, T, segment)
 
     if state_in is not None:
-        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
-        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+        p_in = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
+        b_s = tl.load(p_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BS], tl.float32)
     # stages: the loads do not wait for the sum

@@ -271,7 +271,7 @@ def fused_recurrent_simple_gla(
         o_t = scale * S_t^T q_t
 
     All arithmetic is in fp32. Differentiable in q, k, v, g, g_gamma and initial_state, once; training is faster with
-    `fused_chunk_simple_gla`. CPU tensors are computed by `naive_recurrent_simple_gla`.
+    `chunk_simple_gla`. CPU tensors are computed by `naive_recurrent_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
@@ -302,11 +302,11 @@ def fused_recurrent_simple_gla(
     Example::
 
         >>> import torch
-        >>> from fla_simple_gla import fused_chunk_simple_gla, fused_recurrent_simple_gla
+        >>> from fla_simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
         >>> q, k, v = torch.randn(3, 1, 10, 4, 64)
         >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 10, 4))
         >>> # read nine tokens at once, then the tenth on its own
-        >>> _, state = fused_chunk_simple_gla(q[:, :9], k[:, :9], v[:, :9], g[:, :9], output_final_state=True)
+        >>> _, state = chunk_simple_gla(q[:, :9], k[:, :9], v[:, :9], g[:, :9], output_final_state=True)
         >>> o, state = fused_recurrent_simple_gla(
         ...     q[:, 9:], k[:, 9:], v[:, 9:], g[:, 9:], initial_state=state, output_final_state=True)
         >>> o.shape, state.shape
