@@ -14,7 +14,7 @@ The sum telescopes: rounding noise in w and z adds up while its value does not. 
 
 - The sum stays inside a chunk: e is its last token, and `<S_e, dS_e> = sum z_inter + crossing`. z_inter is the part of z that comes
   from dS_e, and cancels in the sum term by term; `crossing = exp(g_1 + ... + g_e) <S_0, dS_e>` is what goes from before the chunk to
-  behind it. No large numbers are left to cancel, however fast the gates decay.
+  behind it. What is left to cancel is of the size of the pairs inside the chunk: the diagonal ones too, whose fp32 rounding stays.
 - The sweep for dq leaves S before the last chunk of every `ANCHOR` tokens, and the one for dk multiplies it by the dS it holds
   behind the chunk. The chunks before that one continue the sum, and take the crossing to be what remains of it, or zero
   where the chunk's decay is below the noise of such a difference.
@@ -59,7 +59,7 @@ def chunk_gates_kernel(
     mask = (o_t < end)[:, None] & (o_h < H)[None, :]
     o_t = o_t.to(tl.int64)
 
-    b_g = tl.load(g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    b_g = tl.load(g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :].to(tl.int64) * g_h, mask=mask, other=0.0).to(tl.float32) * LOG2E
     b_g = tl.where(b_g < RESET, RESET, b_g)  # not tl.maximum: NaN stays NaN
     whole = tl.floor(b_g + 0.5)
     fraction = tl.cumsum(b_g - whole, 0)
@@ -129,7 +129,7 @@ def gate_gradient_kernel(
         o_t = (i_t + tl.arange(0, BT)).to(tl.int64)
         mask = (o_t < end)[:, None] & m_h[None, :]
         read = (o_t < read_end)[:, None] & m_h[None, :]
-        p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :] * g_h
+        p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :].to(tl.int64) * g_h
         b_g = tl.load(p_g, mask=read, other=0.0).to(tl.float32) * LOG2E
         o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
         b_w = tl.zeros([BT, BH], tl.float32)

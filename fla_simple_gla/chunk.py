@@ -16,7 +16,8 @@ gradient of the state behind each segment; three sweeps over every segment give 
 `fused_chunk.py`.
 
 No segment's summary is needed at the end that nothing follows. Where the sequences and heads fill the GPU by themselves there is one
-segment, no summary, and nothing but the sweep.
+segment, no summary, and nothing but the sweep. How long packed sequences are is not known on the host: they are cut as one sequence
+of all tokens would be, so that the longest is, unless they are so many that a state for each would be a burden.
 """
 
 import functools
@@ -158,7 +159,8 @@ def combine_kernel(
         b_l = tl.load(p_s, mask=m_s, other=0.0)
         decay = 1.0 if decays is None else tl.load(decays + i_s)
         tl.store(p_s, b_s, mask=m_s)
-        b_s = b_s * decay + b_l
+        # where there is nothing yet, a decay of inf (a large positive gate before the first token) changes nothing
+        b_s = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
 
 
 def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False):
@@ -225,13 +227,19 @@ COMBINE = 0.1
 
 
 @functools.lru_cache(4096)
-def segment_tokens(rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """Tokens to a segment, a multiple of ANCHOR, for `rows` sequences of T tokens; None where they stay in one piece.
+def segment_tokens(
+    rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, sequences: int | None = None,
+) -> int | None:
+    """Tokens to a segment, a multiple of ANCHOR, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
+    they stay in one piece.
 
     The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
     128, 1.4 at D 64), and 1.3 times that where two programs share a multiprocessor.
     """
     if device.type == 'cpu' or rows == 0:  # in the interpreter there is nothing to fill
+        return None
+    # the fp32 states before packed sequences would take more than a quarter of the memory of k
+    if sequences is not None and sequences * V * 8 > T:
         return None
     BT, BV, *_ = sweep_config(K, V, dtype, device)
     programs = rows * H * triton.cdiv(V, BV)
@@ -263,8 +271,8 @@ class Chunk(torch.autograd.Function):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
         c = sweep_gates(q, v, g, cu_seqlens)
-        # how long packed sequences are is not known here: as if there were one, so that the longest is cut
-        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device)
+        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, sequences)
         state = initial_state
         if segment is not None:
             state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)

@@ -15,6 +15,7 @@ from harness import (
     TOLERANCE,
     Case,
     check,
+    chunk_in_segments,
     make_inputs,
     poisoned_memory,
     reference,
@@ -27,6 +28,7 @@ from fla_simple_gla import (
     fused_recurrent_simple_gla,
     naive_chunk_simple_gla,
     naive_parallel_simple_gla,
+    naive_recurrent_simple_gla,
     parallel_simple_gla,
 )
 from fla_simple_gla._layout import rows_in_place
@@ -240,8 +242,8 @@ def test_how_many_segments(monkeypatch):
     monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
     monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
 
-    def segments(B, T, H, D):
-        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, D, torch.bfloat16, torch.device('cuda', 0))
+    def segments(B, T, H, D, sequences=None):
+        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, D, torch.bfloat16, torch.device('cuda', 0), sequences)
         assert tokens is None or tokens % 128 == 0
         return 1 if tokens is None else -(-T // tokens)
 
@@ -252,6 +254,18 @@ def test_how_many_segments(monkeypatch):
     assert 14 <= segments(1, 131072, 8, 128) <= 16
     assert segments(2, 16384, 16, 128) == 4
     assert segments(1, 1_000_000, 4, 64) > 60
+    # packed ones: as one, unless they are many and short
+    assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
+    assert segments(1, 131072, 8, 128, 2000) == 1
+
+
+def test_growth_before_anything_is_there():
+    """A positive gate before the first token, with no state to grow, must not make a segment's decay of inf meet a state of zero."""
+    case = Case(256, K=D, V=D, resets=((0, 60.0), (70, 40.0)), initial_state=False, output_final_state=False)
+    inputs = make_inputs(case)
+    o, _ = chunk_in_segments(*tensors(inputs))
+    expected, _ = naive_recurrent_simple_gla(*(x.double() for x in tensors(inputs)))
+    assert rms_error(o, expected) < 1e-5
 
 
 @pytest.mark.parametrize('mode', MODES)
