@@ -49,7 +49,7 @@ def block_bounds(cu_seqlens, i_s, N, T, BT):
                 hi = mid - 1
         bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
         first = bos + (i_s - bos // BT - lo) * BT
-        return tl.zeros([], tl.int64), lo, first, tl.minimum(first + BT, eos), bos, eos
+        return (lo * 0).to(tl.int64), lo, first, tl.minimum(first + BT, eos), bos, eos
 
 
 def count_sequences(B: int, cu_seqlens: torch.Tensor | None) -> int:

@@ -6,20 +6,25 @@ beside it must keep their accuracy. So a gate is cut off at -256, whose decay is
 taken in two parts, of whole numbers, which fp32 adds exactly, and of fractions. Where 16-bit inputs bound the accuracy
 anyway the parts are added and stored as one number; fp32 inputs get both, and subtract them part by part.
 
-**Gradient.** With `w_t = q_t . dq_t` and `z_t = k_t . dk_t`, and e any token from t on,
+**Gradient.** Everything that token t's gate decays comes from before t and goes to t or behind it. Inside a chunk from s_1 to s_e,
 
-    dg_t = <S_e, dS_e> + sum_{s=t..e} (w_s - z_s)
+    dg_t = crossing + sum_{s<t} z_s + sum_{s>=t} (w_s - y_s)
 
-The sum telescopes: rounding noise in w and z adds up while its value does not. What keeps dg accurate:
+- w is the part of q . dq that comes from the state S before the chunk, z that of k . dk that goes to dS, the gradient of the state
+  behind it, and `crossing = exp(g_1 + ... + g_e) <S, dS>` what goes from before the chunk to behind it.
+- y_s is the sum over i of A_is less the sum over j of A_sj, with A_ij what the pair (i, j) adds to q_i . dq_i and to k_j . dk_j. So
+  pairs that t is not between cancel. Their rounding must cancel too: both sums are taken from the same numbers, in fp32. A sweep may
+  leave the second sum in w, if it has it there.
 
-- The sum stays inside a chunk: e is its last token, and `<S_e, dS_e> = sum z_inter + crossing`. z_inter is the part of z that comes
-  from dS_e, and cancels in the sum term by term; `crossing = exp(g_1 + ... + g_e) <S_0, dS_e>` is what goes from before the chunk to
-  behind it. What is left to cancel is of the size of the pairs inside the chunk: the diagonal ones too, whose fp32 rounding stays.
-- The sweep for dq leaves S before the last chunk of every `ANCHOR` tokens, and the one for dk multiplies it by the dS it holds
-  behind the chunk. The chunks before that one continue the sum, and take the crossing to be what remains of it, or zero
-  where the chunk's decay is below the noise of such a difference.
-- So do they at the last chunk but one of a sequence. The last may have few tokens, and a final state's gradient, which can be far
-  larger than all else, then decays in the one before it.
+Between chunks, `crossing + sum z` of one chunk is `crossing + sum (w - y)` of the next. Sums that run far this way telescope: the rounding
+of w and z, which come from states in the inputs' dtype, adds up while the value does not. So:
+
+- The sweep for dq leaves S before the last chunk of every anchor block, of `anchor_tokens`, and the one for dk multiplies it by the dS it
+  holds behind the chunk: there the crossing is known. The chunks before that one continue the sum, down to the crossing of the
+  block before, or to the zero that a sequence starts with. What is missing there is spread over the chunks on the way, evenly.
+- Where a chunk's decay is below the noise of such a sum nothing crosses it, and the sum begins anew.
+- So it does at the last chunk but one of a sequence, where the crossing is taken too. The last may have few tokens, and a final
+  state's gradient, which can be far larger than all else, then decays in the one before it.
 """
 
 import math
@@ -34,8 +39,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNDERFLOW = tl.constexpr(-126.0)
 RESET = tl.constexpr(-256.0)
 
-# Tokens between two anchors of the gate gradient.
-ANCHOR = 128
+
+
+def anchor_tokens(segment: int | None) -> int:
+    """Tokens to an anchor block, where sequences run in segments or in one piece.
+
+    Error of dg in 16-bit arithmetic, and an anchor's share of the memory of k and of its traffic, at 128 tokens to a block: 2.4e-3, 1;
+    256: 2.9e-3, 1/2; 384: 3.5e-3, 1/3; 512: 4.8e-3, 1/4. (D 64 to 128, T 2048, gates with a memory of 10 to 1000 tokens.)
+    """
+    return next(BA for BA in (384, 256, 128) if segment is None or segment % BA == 0)
 
 
 @jit(do_not_specialize=['N', 'T', 'part'])
@@ -89,93 +101,140 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     return c
 
 
+@jit
+def chunk_sums(g, w, y, z, i_b, o_t, o_h, mask, T, part, g_b, g_t, g_h, NW: tl.constexpr, NY: tl.constexpr, H: tl.constexpr):
+    """Of BH heads over the chunk of tokens o_t: gates, in units of log 2; w - y; z."""
+    o_h = o_h[None, :].to(tl.int64)
+    o_t = o_t.to(tl.int64)[:, None]
+    b_g = tl.load(g + i_b * g_b + o_t * g_t + o_h * g_h, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    o_w = (i_b * H + o_h) * T + o_t
+    b_w = tl.load(w + o_w, mask=mask, other=0.0)
+    b_z = tl.load(z + o_w, mask=mask, other=0.0)
+    for i in tl.static_range(1, NW):
+        b_w += tl.load(w + i * part + o_w, mask=mask, other=0.0)
+        b_z += tl.load(z + i * part + o_w, mask=mask, other=0.0)
+    for i in tl.static_range(NY):
+        b_w -= tl.load(y + i * part + o_w, mask=mask, other=0.0)
+    return b_g, b_w, b_z
+
+
+@jit
+def next_crossing(b_s, z_sum, decay, b_last, b_last_but_one, i_t, first, end, eos, negligible, BA: tl.constexpr, BT: tl.constexpr):
+    """What crosses a chunk, from the sum b_s behind it, and where the sum begins anew."""
+    is_last = (i_t < end) & (i_t + BT >= tl.minimum(end, first + BA))
+    is_last_but_one = (i_t + BT < eos) & (i_t + 2 * BT >= eos)
+    crossing = tl.where(decay < negligible, 0.0, b_s - z_sum)
+    crossing = tl.where(is_last_but_one, b_last_but_one * tl.exp2(decay), crossing)
+    crossing = tl.where(is_last, b_last * tl.exp2(decay), crossing)
+    return crossing, (decay < negligible) | is_last | is_last_but_one
+
+
 @jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'blocks'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
-    w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
-    z_inter,  # [NK, B, H, T]: what of z comes from the gradient of the state behind the chunk
-    s_ds,  # [NK, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
+    w, y, z,  # [NW or NY, B, H, T], to be added up
+    s_ds,  # [NW, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
     cu_seqlens,  # [N + 1] or None
     N, T,
     negligible,  # the decay of a chunk, in units of log 2, from which on nothing crosses it
     g_b, g_t, g_h,
     part,  # B * H * T
     blocks,
-    NK: tl.constexpr,
+    NW: tl.constexpr,
+    NY: tl.constexpr,
     H: tl.constexpr,
     BA: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
+    STATE: tl.constexpr,
 ):
     """dg of BH heads over one anchor block, from its last chunk to its first."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, i_n, first, end, _, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
+    i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
     read_end = tl.where(i_n < N, end, first)
     o_h = i_h * BH + tl.arange(0, BH)
     m_h = o_h < H
+    r = tl.arange(0, BT)
 
-    # a limit and not a mask that is `& first < read_end`: the interpreter of triton 3.9 makes that mask int32, and refuses it
+    # limits and not masks that are `& first < read_end`: the interpreter of triton 3.9 makes those int32, and refuses them
     m_anchor = o_h < tl.where(first < read_end, H, 0)
+    m_before = o_h < tl.where((first < read_end) & (first > bos), H, 0)
     b_last = tl.zeros([BH], tl.float32)
     b_last_but_one = tl.zeros([BH], tl.float32)
-    for _ in tl.static_range(NK):
-        b_last += tl.load(s_ds + i_s * H + o_h, mask=m_anchor, other=0.0)
-        b_last_but_one += tl.load(s_ds + (blocks + i_n) * H + o_h, mask=m_anchor, other=0.0)
-        s_ds += (blocks + N) * H
+    b_before = tl.zeros([BH], tl.float32)
+    for i in tl.static_range(NW):
+        p_s = s_ds + i * (blocks + N) * H + o_h
+        b_last += tl.load(p_s + i_s * H, mask=m_anchor, other=0.0)
+        b_last_but_one += tl.load(p_s + (blocks + i_n) * H, mask=m_anchor, other=0.0)
+        b_before += tl.load(p_s + (i_s - 1) * H, mask=m_before, other=0.0)
+
+    # what is missing at the block's start, and how many chunks behind it the sum last began anew
+    b_s = tl.zeros([BH], tl.float32)
+    steps = tl.zeros([BH], tl.int32)
+    for i in range(BA // BT):
+        i_t = first + BA - (i + 1) * BT
+        read = (i_t + r < read_end)[:, None] & m_h[None, :]
+        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, i_t + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
+        crossing, anew = next_crossing(
+            b_s, tl.sum(b_z, 0), tl.sum(b_g, 0), b_last, b_last_but_one, i_t, first, end, eos, negligible, BA, BT,
+        )
+        b_s = crossing + tl.sum(b_w, 0)
+        steps = tl.where(anew, 0, steps) + 1
+    if first > bos:
+        read = (r < read_end)[:, None] & m_h[None, :]
+        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, first - BT + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
+        missing = b_before * tl.exp2(tl.sum(b_g, 0)) + tl.sum(b_z, 0) - b_s
+    elif STATE:
+        missing = tl.zeros([BH], tl.float32)
+    else:
+        missing = -b_s
+    missing /= steps
 
     b_s = tl.zeros([BH], tl.float32)
-    for i in tl.static_range(BA // BT):
+    for i in range(BA // BT):
         i_t = first + BA - (i + 1) * BT
-        o_t = (i_t + tl.arange(0, BT)).to(tl.int64)
-        mask = (o_t < end)[:, None] & m_h[None, :]
-        read = (o_t < read_end)[:, None] & m_h[None, :]
-        p_g = g + i_b * g_b + o_t[:, None] * g_t + o_h[None, :].to(tl.int64) * g_h
-        b_g = tl.load(p_g, mask=read, other=0.0).to(tl.float32) * LOG2E
-        o_w = (i_b * H + o_h[None, :]) * T + o_t[:, None]
-        b_w = tl.zeros([BT, BH], tl.float32)
-        b_z = tl.zeros([BT, BH], tl.float32)
-        for _ in tl.static_range(NK):
-            b_w += tl.load(w + o_w, mask=read, other=0.0) - tl.load(z + o_w, mask=read, other=0.0)
-            b_z += tl.load(z_inter + o_w, mask=read, other=0.0)
-            o_w += part
-        decay = tl.sum(b_g, 0)
+        mask = (i_t + r < end)[:, None] & m_h[None, :]
+        read = (i_t + r < read_end)[:, None] & m_h[None, :]
+        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, i_t + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
         z_sum = tl.sum(b_z, 0)
-        is_last = (i_t < end) & (i_t + BT >= tl.minimum(end, first + BA))
-        is_last_but_one = (i_t + BT < eos) & (i_t + 2 * BT >= eos)
-        crossing = tl.where(decay < negligible, 0.0, b_s - z_sum)
-        crossing = tl.where(is_last_but_one, b_last_but_one * tl.exp2(decay), crossing)
-        crossing = tl.where(is_last, b_last * tl.exp2(decay), crossing)
-        b_s = crossing + z_sum
+        crossing, anew = next_crossing(
+            b_s, z_sum, tl.sum(b_g, 0), b_last, b_last_but_one, i_t, first, end, eos, negligible, BA, BT,
+        )
+        b_s = crossing + tl.sum(b_w, 0)
+        crossing += missing * tl.maximum(i + steps - BA // BT, 0)
+        b_dg = crossing[None, :] + tl.cumsum(b_w, 0, reverse=True) + tl.cumsum(b_z, 0) - b_z
         # nothing crosses a reset: what is left of the sums there is their rounding
-        b_dg = tl.where(b_g < UNDERFLOW, 0.0, tl.cumsum(b_w, 0, reverse=True) + b_s[None, :])
-        tl.store(dg + (i_b * T + o_t[:, None]) * H + o_h[None, :], b_dg, mask=mask)
-        b_s += tl.sum(b_w, 0)
+        b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
+        tl.store(dg + (i_b * T + (i_t + r).to(tl.int64)[:, None]) * H + o_h[None, :], b_dg, mask=mask)
 
 
 def gate_gradient(
     g: torch.Tensor,
     w: torch.Tensor,
+    y: torch.Tensor,
     z: torch.Tensor,
-    z_inter: torch.Tensor,
     s_ds: torch.Tensor,
+    BA: int,
     BT: int,
     dtype: torch.dtype,
+    state: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from `w, z, z_inter [NK, B, H, T]` and `s_ds [NK, blocks + N, H]`.
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NW, B, H, T]`, `y [NY, B, H, T]` and `s_ds [NW, blocks + N, H]`.
 
-    BT is the size of the chunks, and dtype that of the products they were computed in.
+    BT is the size of the chunks and BA that of the anchor blocks, dtype that of the products they were computed in, and `state` whether
+    the sequences begin with a state.
     """
     B, T, H = g.shape
     dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
-    blocks = count_slots(B, T, ANCHOR, cu_seqlens)
+    blocks = count_slots(B, T, BA, cu_seqlens)
     if blocks:
         BH = min(8, triton.next_power_of_2(H))
         N = count_sequences(B, cu_seqlens)
-        # relative to <S, dS>, the noise of <S, dS> - sum z_inter is about an eighth of the dtype's eps
+        # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
         negligible = math.log2(torch.finfo(dtype).eps) - 3
         gate_gradient_kernel[(blocks, triton.cdiv(H, BH))](
-            g, dg, w, z, z_inter, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, blocks,
-            NK=s_ds.shape[0], H=H, BA=ANCHOR, BT=BT, BH=BH, num_warps=4,
+            g, dg, w, y, z, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, blocks,
+            NW=s_ds.shape[0], NY=y.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4,
         )
     return dg

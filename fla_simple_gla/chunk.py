@@ -26,7 +26,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
-from ._gates import ANCHOR
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -224,13 +223,15 @@ SHARING = 0.3
 SUMMARY = 0.25
 LAUNCHES = 20
 COMBINE = 0.1
+# Segments are multiples of so many tokens, that anchors may be as far apart (`_gates.py`).
+GRAIN = 256
 
 
 @functools.lru_cache(4096)
 def segment_tokens(
     rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, sequences: int | None = None,
 ) -> int | None:
-    """Tokens to a segment, a multiple of ANCHOR, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
+    """Tokens to a segment, a multiple of GRAIN, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
     they stay in one piece.
 
     The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
@@ -253,9 +254,9 @@ def segment_tokens(
         return 1 + SHARING * (triton.cdiv(programs, processors) - 1)
 
     best, chosen = triton.cdiv(T, BT) * chunk_time(programs), None
-    blocks = triton.cdiv(T, ANCHOR)
+    blocks = triton.cdiv(T, GRAIN)
     for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
-        segment = triton.cdiv(blocks, segments) * ANCHOR
+        segment = triton.cdiv(blocks, segments) * GRAIN
         segments = triton.cdiv(T, segment)
         chunks = segment // BT
         sweep, summary = chunk_time(programs * segments), chunk_time(programs * (segments - 1))

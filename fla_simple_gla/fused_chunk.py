@@ -20,10 +20,10 @@ The gradients are three more sweeps by the same kernel, with other tensors in th
 A sweep back in time starts from the gradient of the final state and leaves that of the initial one. The state there is
 dS = sum scale * q do^T: the scale is part of it, while the forward state has none.
 
-For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, the part of k . dk that comes from the
-carried state, and every few chunks the product of the S before a chunk with the dS behind it (`_gates.py` says why and how they
-add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a chunk, and both sweeps round the same
-decayed do_i . v_j, so that these cancel to fp32 accuracy.
+For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, the latter as two parts, of the pairs inside a
+chunk and of the carried state, and every few chunks the product of the S before a chunk with the dS behind it (`_gates.py` says
+why and how they add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a chunk, and both sweeps round
+the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
 """
 
 import functools
@@ -33,7 +33,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
-from ._gates import ANCHOR, chunk_gates, gate_gradient
+from ._gates import anchor_tokens, chunk_gates, gate_gradient
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -49,8 +49,8 @@ def sweep_kernel(
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
-    x_o,  # [NV, B, H, T]: rows x . o, over the V tile
-    x_inter,  # [NV, B, H, T]: the same with what of o comes from the carried state, back in time only
+    x_o,  # [NV, B, H, T]: rows x . o, over the V tile; back in time with what of o comes from pairs inside a chunk
+    x_inter,  # [NV, B, H, T]: the same with what comes from the carried state, back in time only
     anchors,  # [blocks + N, H, K, V]: states before some chunks (`_gates.py`), left forward in time and read back in time
     s_ds,  # [NV, blocks + N, H]: <anchor, state behind the chunk>, over the V tile, back in time only
     cu_seqlens,  # [N + 1] or None
@@ -194,11 +194,13 @@ def sweep_kernel(
         if x is not None:
             b_x = load_rows(r_x, x_t, L, i_t, i_v * BV, V, BT, BV, TMA)
         if REVERSE and x is not None:
-            tl.store(x_inter + o_x + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
+            b_inter = tl.sum(b_x * b_o, 1)
+            tl.store(x_inter + o_x + i_t + r, b_inter, mask=i_t + r < L)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
         store_rows(r_o, H * V, L, i_t, i_v * BV, b_o.to(o.dtype.element_ty), V, BT, BV, TMA)
         if x is not None:
-            tl.store(x_o + o_x + i_t + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
+            b_x = tl.sum(b_x * b_o, 1)
+            tl.store(x_o + o_x + i_t + r, b_x - b_inter if REVERSE else b_x, mask=i_t + r < L)
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
@@ -272,8 +274,8 @@ def sweep(
     q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
-    also the rows `x . o [NV, B, H, T]`; of those, back in time, what comes from the carried state, and `<anchor, state> [NV, blocks
-    + N, H]`.
+    also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of pairs inside a chunk and of the carried state, and
+    `<anchor, state> [NV, blocks + N, H]`.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -284,6 +286,7 @@ def sweep(
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
+    BA = anchor_tokens(segment)
     x_o = x_inter = s_ds = None
     if x is not None:
         x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
@@ -298,9 +301,9 @@ def sweep(
             scale, N, T, segment or 0,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
             *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-            B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, ANCHOR, cu_seqlens),
+            B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
             H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
-            BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=ANCHOR,
+            BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=BA,
             REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
             TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages,
             num_warps=warps,
@@ -329,14 +332,15 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     dq = dk = dv = dg = dh0 = None
     if need_g:
         B, T, H, V = v.shape
-        anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, q.shape[-1])
+        BA = anchor_tokens(segment)
+        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, q.shape[-1])
     if need_q or need_g:
         dq, w, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
     if need_k or need_g:
-        dk, z, z_inter, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+        dk, y, z, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
         anchors = None
     if need_g:
-        dg = gate_gradient(g, w, z, z_inter, s_ds, c.shape[-1], q.dtype, cu_seqlens)
+        dg = gate_gradient(g, w, y, z, s_ds, BA, c.shape[-1], q.dtype, initial_state is not None, cu_seqlens)
     if need_h0:
         dh0 = torch.empty_like(initial_state)
     if need_v or need_h0:
