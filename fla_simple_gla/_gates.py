@@ -41,13 +41,13 @@ RESET = tl.constexpr(-256.0)
 
 
 
-def anchor_tokens(segment: int | None) -> int:
+def anchor_tokens(segment: int | None, at_most: int) -> int:
     """Tokens to an anchor block, where sequences run in segments or in one piece.
 
     Error of dg in 16-bit arithmetic, and an anchor's share of the memory of k and of its traffic, at 128 tokens to a block: 2.4e-3, 1;
     256: 2.9e-3, 1/2; 384: 3.5e-3, 1/3; 512: 4.8e-3, 1/4. (D 64 to 128, T 2048, gates with a memory of 10 to 1000 tokens.)
     """
-    return next(BA for BA in (384, 256, 128) if segment is None or segment % BA == 0)
+    return next(BA for BA in (384, 256, 128) if BA <= at_most and (segment is None or segment % BA == 0))
 
 
 @jit(do_not_specialize=['N', 'T', 'part'])
@@ -132,8 +132,8 @@ def next_crossing(b_s, z_sum, decay, b_last, b_last_but_one, i_t, first, end, eo
 @jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'blocks'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
-    w, y, z,  # [NW or NY, B, H, T], to be added up
-    s_ds,  # [NW, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
+    w, y, z,  # [NW, NY or NW, B, H, T], to be added up
+    s_ds,  # [NS, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
     cu_seqlens,  # [N + 1] or None
     N, T,
     negligible,  # the decay of a chunk, in units of log 2, from which on nothing crosses it
@@ -142,6 +142,7 @@ def gate_gradient_kernel(
     blocks,
     NW: tl.constexpr,
     NY: tl.constexpr,
+    NS: tl.constexpr,
     H: tl.constexpr,
     BA: tl.constexpr,
     BT: tl.constexpr,
@@ -162,7 +163,7 @@ def gate_gradient_kernel(
     b_last = tl.zeros([BH], tl.float32)
     b_last_but_one = tl.zeros([BH], tl.float32)
     b_before = tl.zeros([BH], tl.float32)
-    for i in tl.static_range(NW):
+    for i in tl.static_range(NS):
         p_s = s_ds + i * (blocks + N) * H + o_h
         b_last += tl.load(p_s + i_s * H, mask=m_anchor, other=0.0)
         b_last_but_one += tl.load(p_s + (blocks + i_n) * H, mask=m_anchor, other=0.0)
@@ -220,7 +221,7 @@ def gate_gradient(
     state: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from `w, z [NW, B, H, T]`, `y [NY, B, H, T]` and `s_ds [NW, blocks + N, H]`.
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NW, B, H, T]`, `y [NY, B, H, T]` and `s_ds [NS, blocks + N, H]`.
 
     BT is the size of the chunks and BA that of the anchor blocks, dtype that of the products they were computed in, and `state` whether
     the sequences begin with a state.
@@ -235,6 +236,6 @@ def gate_gradient(
         negligible = math.log2(torch.finfo(dtype).eps) - 3
         gate_gradient_kernel[(blocks, triton.cdiv(H, BH))](
             g, dg, w, y, z, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, blocks,
-            NW=s_ds.shape[0], NY=y.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4,
+            NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4,
         )
     return dg

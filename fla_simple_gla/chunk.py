@@ -29,7 +29,7 @@ from ._blocks import block_bounds, count_sequences, count_slots, first_slot, seq
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
-from .fused_chunk import fp32_precision, gradients, outputs, sweep_config, sweep_gates
+from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
 from .naive import naive_chunk_simple_gla
 
 
@@ -271,16 +271,16 @@ class Chunk(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        c = sweep_gates(q, v, g, cu_seqlens)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, sequences)
+        c = None if segment is None and hopper_for(q, k, v) else sweep_gates(q, v, g, cu_seqlens)
         state = initial_state
         if segment is not None:
             state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)
         ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
         ctx.scale, ctx.precision, ctx.segment = scale, precision, segment
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, c, scale, cu_seqlens, precision, state, output_final_state, segment)
+        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, segment)
 
     @staticmethod
     @once_differentiable

@@ -27,6 +27,7 @@ the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
 """
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -271,11 +272,11 @@ def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seq
 
 
 def sweep(
-    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, reverse=False,
+    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
     also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of pairs inside a chunk and of the carried state, and
-    `<anchor, state> [NV, blocks + N, H]`.
+    `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -286,7 +287,6 @@ def sweep(
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     NV = triton.cdiv(V, BV)
-    BA = anchor_tokens(segment)
     x_o = x_inter = s_ds = None
     if x is not None:
         x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
@@ -311,13 +311,40 @@ def sweep(
     return o, x_o, x_inter, s_ds
 
 
-def outputs(q, k, v, c, scale, cu_seqlens, precision, state, output_final_state, segment=None):
-    """`o`, and the final state or None, from the states that the sequences or their segments start with."""
+# With which versions of triton the sweeps of `_hopper.py` were compiled; they ran on 3.6. Gluon changes from one to the next.
+GLUON = ('3.6', '3.7', '3.8', '3.9')
+
+
+@functools.cache
+def hopper_sweeps(device: torch.device):
+    """The module of the sweeps for Hopper, on one, if they are not turned off."""
+    if not is_hopper(device) or os.environ.get('FLA_SIMPLE_GLA_HOPPER') == '0':
+        return None
+    if '.'.join(triton.__version__.split('.')[:2]) not in GLUON:
+        return None
+    from . import _hopper
+    return _hopper
+
+
+def hopper_for(*tensors: torch.Tensor):
+    """The module of the sweeps for Hopper if they take these tensors."""
+    module = hopper_sweeps(tensors[0].device)
+    return module if module is not None and module.takes(*tensors) else None
+
+
+def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, segment=None):
+    """`o`, and the final state or None, from the states that the sequences or their segments start with.
+
+    c are the sums of the gates; the sweeps for Hopper do without.
+    """
     final_state = None
     if output_final_state:
         N = count_sequences(q.shape[0], cu_seqlens)
         final_state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
+    if hopper := hopper_for(q, k, v):
+        o, _ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
+    else:
+        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
     return o, final_state
 
 
@@ -326,25 +353,43 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     gradients of those that they end with.
     """
     need_q, need_k, need_v, need_g, need_h0 = needs
-    run = functools.partial(sweep, c=c, scale=scale, cu_seqlens=cu_seqlens, precision=precision, segment=segment)
-
+    B, T, H, V = v.shape
+    K = q.shape[-1]
+    hopper = hopper_for(q, k, v, do)
+    # the plain sweeps make dk and dv one after the other, and have the memory of dv for more anchors
+    BA = anchor_tokens(segment, 384 if hopper else 256)
     anchors = None
     dq = dk = dv = dg = dh0 = None
     if need_g:
-        B, T, H, V = v.shape
-        BA = anchor_tokens(segment)
-        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, q.shape[-1])
-    if need_q or need_g:
-        dq, w, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
-    if need_k or need_g:
-        dk, y, z, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
-        anchors = None
-    if need_g:
-        dg = gate_gradient(g, w, y, z, s_ds, BA, c.shape[-1], q.dtype, initial_state is not None, cu_seqlens)
+        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, K)
     if need_h0:
         dh0 = torch.empty_like(initial_state)
-    if need_v or need_h0:
-        dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
+
+    if hopper:
+        BT = hopper.CHUNK
+        if need_q or need_g:
+            dq, w = hopper.sweep(
+                do, v, k, g, scale, cu_seqlens, segment=segment, state_in=transposed(state), x=q if need_g else None,
+                anchors=anchors, BA=BA,
+            )
+        if need_k or need_v or need_g or need_h0:
+            dk, dv, y, z, s_ds = hopper.reverse_sweep(
+                q, k, v, g, do, scale, cu_seqlens, segment=segment, state_in=dstate, state_out=dh0, anchors=anchors, BA=BA,
+            )
+    else:
+        if c is None and g is not None:
+            c = sweep_gates(q, v, g, cu_seqlens)
+        BT = 0 if c is None else c.shape[-1]
+        run = functools.partial(sweep, c=c, scale=scale, cu_seqlens=cu_seqlens, precision=precision, segment=segment, BA=BA)
+        if need_q or need_g:
+            dq, w, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
+        if need_k or need_g:
+            dk, y, z, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+        anchors = None
+        if need_v or need_h0:
+            dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
+    if need_g:
+        dg = gate_gradient(g, w, y, z, s_ds, BA, BT, q.dtype, initial_state is not None, cu_seqlens)
     return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
 
 
@@ -353,11 +398,11 @@ class FusedChunk(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        c = sweep_gates(q, v, g, cu_seqlens)
+        c = None if hopper_for(q, k, v) else sweep_gates(q, v, g, cu_seqlens)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.precision = scale, precision
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, c, scale, cu_seqlens, precision, initial_state, output_final_state)
+        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, initial_state, output_final_state)
 
     @staticmethod
     @once_differentiable

@@ -449,7 +449,11 @@ if GPU:
             assert rms_error(found, expected) < TOLERANCE[q.dtype][name == 'dg'], name
 
     def test_a_million_tokens(memory_returned):
-        """The chunk mode agrees with the recurrent one, and its memory is that of its results: it grows with T, with no states in it."""
+        """The chunk mode agrees with the recurrent one, and its memory is that of its results and a tenth: it grows with T.
+
+
+        The tenth is what dg is taken from: a state every 256 tokens, beside dk and dv, and four numbers to a token and head.
+        """
         H, D = 4, 64
         extra = []
         for T in (500_000, 1_000_000):
@@ -464,7 +468,7 @@ if GPU:
             gradients = torch.autograd.grad(o, leaves, do)
             extra.append(torch.cuda.max_memory_allocated() - before)
             results = sum(x.nbytes for x in (o, ht, *gradients))
-            assert extra[-1] < 1.06 * results, f'{extra[-1] / results:.3f}'
+            assert extra[-1] < 1.1 * results, f'{extra[-1] / results:.3f}'
             assert all(x.isfinite().all() for x in gradients)
         assert extra[1] < 2.05 * extra[0]
         with torch.no_grad():

@@ -1,0 +1,790 @@
+"""The sweeps of `fused_chunk.py` on Hopper: every warp group has a job of its own, and the tensor cores wait for none of them.
+
+One program to a multiprocessor takes one head of a sequence, or of a segment of it, after another. In it
+
+- `load` brings the tiles of the next chunks to shared memory (TMA),
+- `gates` sums the gates of the next chunks,
+- `products` makes the decayed products inside a chunk, P_ij = scale * exp(c_i - c_j) (q_i . k_j),
+- `state`, one warp group for 64 columns of V, keeps these columns of the state in registers, transposed, so that they feed the
+  tensor cores from there, and adds up o,
+- `row_sums` adds up what the warp groups of the states leave of x . o.
+
+`sweep_kernel` runs forward in time: o, or dq with the roles exchanged as `fused_chunk.py` describes. `reverse_kernel` makes dk and dv in
+one sweep back in time: its states make dv, and hand dS on through shared memory to the warp group that makes both products and dk.
+
+For dg (`_gates.py`) they leave what the carried states add to q . dq and k . dk, and the products of the pairs inside a chunk,
+
+    A_ij = scale * exp(c_i - c_j) (q_i . k_j) (do_i . v_j)        for i > j
+
+summed over i for each j and over j for each i, in fp32. The diagonal is in neither: dg does not depend on it.
+
+Tiles end where a sequence ends: a descriptor of packed sequences has two more dimensions, whose offsets cancel each other modulo
+2^64, so that the bound of the dimension of tokens falls on any token (`ragged` of https://github.com/triton-lang/triton, tools).
+"""
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import LOG2E, RESET
+
+# renamed in triton 3.8
+tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, 'async_store', None) or tma.async_copy_shared_to_global
+
+CHUNK = 64
+C = gl.constexpr(CHUNK)
+BS = gl.constexpr(64)  # columns of V to a warp group
+FAR = gl.constexpr(2**30)
+FAR_AWAY = 2**34
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def advance(i, phase, n: gl.constexpr):
+    """The next of n buffers, and the phase of its barrier."""
+    i += 1
+    if i == n:
+        i = 0
+        phase = phase ^ 1
+    return i, phase
+
+
+@gluon.jit
+def here(x):
+    """x, as something that the compiler can not compute outside of a loop."""
+    return gl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def unit_bounds(cu_seqlens, unit, N, T, segment, H: gl.constexpr, SEGMENTS: gl.constexpr):
+    """Of a unit of work: slot, head, row of the batch, sequence, its first token and the one after its last, and those of the
+    sequence. An empty slot has no tokens, nor has what lies behind the last sequence, here.
+    """
+    i_s = unit // H
+    i_h = unit % H
+    if SEGMENTS:
+        i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
+        end = gl.where(i_n < N, gl.maximum(first, end), first)
+    else:
+        i_n = i_s
+        if cu_seqlens is None:
+            i_b = i_n.to(gl.int64)
+            bos = i_n * 0
+            eos = bos + T
+            end = eos
+        else:
+            i_b = (i_n * 0).to(gl.int64)
+            bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
+            end = gl.where(i_n < N, eos, bos)
+        first = bos
+    return i_s, i_h, i_b, i_n, first, end, bos, eos
+
+
+@gluon.jit
+def tile(cu_seqlens, i_b, i_h, first, end, i_t, i_d):
+    """Coordinates of a tile that begins with token first + i_t and ends, at the latest, before token `end`."""
+    if cu_seqlens is None:
+        return [i_b.to(gl.int32), 0, i_h, first + i_t, i_d]
+    else:
+        return [FAR, end, i_h, FAR - (end - first) + i_t, i_d]
+
+
+@gluon.jit
+def clear(work, desc, buf, i_b, i_n, i_h, first, i_d, SEGMENTS: gl.constexpr):
+    """Zeros in the rows behind the last sequence, if this unit is those."""
+    cu_seqlens, units, N, T, segment = work
+    COLUMNS: gl.constexpr = buf.shape[1]
+    if cu_seqlens is not None:
+        if i_n == N:
+            end = gl.minimum(first + segment, T) if SEGMENTS else T
+            tma.store_wait(0)
+            buf.store(gl.zeros([C, COLUMNS], buf.dtype, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+            fence_async_shared()
+            for i_t in range(0, end - first, C):
+                tma_store(desc, tile(cu_seqlens, i_b, i_h, first, end, i_t, i_d), buf)
+
+
+@gluon.jit
+def gates(
+    work, g, g_strides, scale, sums, from_start, to_end, decays, full, empty,
+    H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr,
+):
+    """The sums of the gates in each chunk, and the decays from its start, to its end and over all of it; scale is in from_start."""
+    cu_seqlens, units, N, T, segment = work
+    g_b, g_t, g_h = g_strides
+    layout: gl.constexpr = gl.BlockedLayout([C // 32], [32], [1], [0])
+    r = gl.arange(0, C, layout)
+    i = 0
+    phase = 1
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        L = end - first
+        NT = (L + C - 1) // C
+        o_t = (NT - 1) * C + r if REVERSE else r
+        b_g = gl.zeros([C], gl.float32, layout)
+        if g is not None:
+            p_g = g + i_b * g_b + i_h.to(gl.int64) * g_h + (first + o_t).to(gl.int64) * g_t
+            b_g = gl.load(p_g, mask=o_t < L, other=0.0).to(gl.float32) * LOG2E
+        for _ in range(NT):
+            b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
+            whole = gl.floor(b_g + 0.5)
+            b_c = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
+            c_end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
+            if g is not None:
+                o_t += -C if REVERSE else C
+                p_g += -C * g_t if REVERSE else C * g_t
+                b_g = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0).to(gl.float32) * LOG2E
+            mbarrier.wait(empty.index(i), phase)
+            sums.index(i).store(b_c)
+            from_start.index(i).store(gl.exp2(b_c) * scale)
+            to_end.index(i).store(gl.exp2(c_end - b_c))
+            decays.index(i).store(gl.full([1], 0.0, gl.float32, layout) + gl.exp2(c_end))
+            mbarrier.arrive(full.index(i), count=1)
+            i, phase = advance(i, phase, sums.shape[0])
+
+
+@gluon.jit
+def load(work, descs, tiles, bars, H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr):
+    cu_seqlens, units, N, T, segment = work
+    desc_q, desc_k, desc_v, desc_x = descs
+    qs, ks, vs, xs = tiles
+    full, empty, x_full, x_empty = bars
+    i = 0
+    phase = 1
+    i_x = 0
+    x_phase = 1
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        for i_t in range(0, end - first, C):
+            mbarrier.wait(empty.index(i), phase)
+            bar = full.index(i)
+            mbarrier.expect(bar, C * (2 * qs.shape[2] + vs.shape[2]) * 2)
+            tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GQ, first, end, i_t, 0), bar, qs.index(i))
+            tma_load(desc_k, tile(cu_seqlens, i_b, i_h // GQ, first, end, i_t, 0), bar, ks.index(i))
+            tma_load(desc_v, tile(cu_seqlens, i_b, i_h // GV, first, end, i_t, 0), bar, vs.index(i))
+            if X:
+                mbarrier.wait(x_empty.index(i_x), x_phase)
+                mbarrier.expect(x_full.index(i_x), C * vs.shape[2] * 2)
+                tma_load(desc_x, tile(cu_seqlens, i_b, i_h // GV, first, end, i_t, 0), x_full.index(i_x), xs.index(i_x))
+                i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
+            i, phase = advance(i, phase, qs.shape[0])
+
+
+@gluon.jit
+def products(work, scale, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr):
+    cu_seqlens, units, N, T, segment = work
+    qs, ks, ps = tiles
+    sums, from_start, to_end, decays = gate_bufs
+    full, p_full, g_full = bars
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
+    i = 0
+    phase = 0
+    i_p = 0
+    p_phase = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        for _ in range(0, end - first, C):
+            mbarrier.wait(full.index(i), phase)
+            b_p = warpgroup_mma(
+                qs.index(i), ks.index(i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout), use_acc=False, is_async=True,
+            )
+            mbarrier.wait(g_full.index(i_p), p_phase)
+            c_i = sums.index(i_p).load(gl.SliceLayout(1, layout))
+            c_j = sums.index(i_p).load(gl.SliceLayout(0, layout))
+            decay = gl.where(o_i[:, None] >= o_j[None, :], gl.exp2(c_i[:, None] - c_j[None, :]), 0.0) * scale
+            b_p = warpgroup_mma_wait(0, (b_p,))
+            ps.index(i_p).store((b_p * decay).to(ps.dtype))
+            fence_async_shared()
+            mbarrier.arrive(p_full.index(i_p), count=1)
+            i, phase = advance(i, phase, qs.shape[0])
+            i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
+
+
+@gluon.jit
+def state(
+    work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs,
+    W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr,
+):
+    cu_seqlens, units, N, T, segment = work
+    state_in, state_out, si, so = states
+    si_n, si_h, si_k, si_v = si
+    so_n, so_h, so_k, so_v = so
+    anchors, blocks = anchor
+    qs, ks, vs, ps, os = tiles
+    sums, from_start, to_end, decays = gate_bufs
+    full, empty, p_full, p_empty, g_full = bars
+    xs, partial, x_full, x_empty, s_full, s_empty = x_bufs
+    BK: gl.constexpr = qs.shape[2]
+    dtype: gl.constexpr = qs.dtype
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    operand_o: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
+    operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
+    o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
+    o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
+    m_s = (o_v < V)[:, None] & (o_k < K)[None, :]
+    i = 0
+    phase = 0
+    i_p = 0
+    p_phase = 0
+    i_x = 0
+    x_phase = 0
+    s_phase = 1
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        b_s = gl.zeros([BS, BK], gl.float32, layout_s)
+        if state_in is not None:
+            p_in = state_in + i_s.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
+            b_s = gl.load(
+                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
+            ).to(gl.float32)
+        b_h = gl.convert_layout(b_s.to(dtype), operand_o)
+        NT = (end - first + C - 1) // C
+        if X:
+            last_but_one = (eos - first + C - 1) // C - 2
+            a_slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA
+        for i_c in range(NT):
+            if X:
+                ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
+                if ends_block | (i_c == last_but_one):
+                    i_a = gl.where(ends_block, a_slot + i_c // (BA // C), blocks + i_n)
+                    a_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, operand_o))
+                    a_k = gl.arange(0, BK, gl.SliceLayout(0, operand_o))
+                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
+                    gl.store(p_a + a_k[None, :] * V + a_v[:, None], b_h, mask=(a_v < V)[:, None] & (a_k < K)[None, :])
+            mbarrier.wait(full.index(i), phase)
+            # a wait on what is done: without it ptxas puts one of its own before the product with the decay (C7517)
+            b_s = warpgroup_mma_wait(0, (b_s,))
+            b_o = warpgroup_mma(
+                b_h, qs.index(i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o), use_acc=False, is_async=True,
+            )
+            b_v = vs.index(i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
+            mbarrier.wait(g_full.index(i_p), p_phase)
+            b_d = (b_v.to(gl.float32) * to_end.index(i_p).load(gl.SliceLayout(0, operand_s))[None, :]).to(dtype)
+            e = from_start.index(i_p).load(gl.SliceLayout(0, layout_o))
+            b_s = b_s * decays.index(i_p).load(gl.SliceLayout(0, layout_s))[None, :]
+            b_s = warpgroup_mma(b_d, ks.index(i), b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, (b_o,))
+            b_o = b_o * e[None, :]
+            if X:
+                mbarrier.wait(x_full.index(i_x), x_phase)
+                b_x = gl.convert_layout(xs.index(i_x).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o), layout_o)
+                b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
+                mbarrier.arrive(x_empty.index(i_x), count=1)
+                mbarrier.wait(s_empty.index(0), s_phase)
+                partial.slice(W * 32, 32, dim=0).store(b_x)
+                mbarrier.arrive(s_full.index(0), count=1)
+                s_phase = s_phase ^ 1
+                i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
+            mbarrier.wait(p_full.index(i_p), p_phase)
+            b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), ps.index(i_p).permute((1, 0)), b_o, is_async=True)
+            b_s = warpgroup_mma_wait(1, (b_s,))
+            mbarrier.arrive(empty.index(i), count=1)
+            b_h = gl.convert_layout(b_s.to(dtype), operand_o)
+            tma.store_wait(0)
+            b_o = warpgroup_mma_wait(0, (b_o,))
+            mbarrier.arrive(p_empty.index(i_p), count=1)
+            os.index(W).permute((1, 0)).store(b_o.to(dtype))
+            fence_async_shared()
+            tma_store(desc_o, tile(cu_seqlens, i_b, i_h, first, end, i_c * C, W * BS), os.index(W))
+            i, phase = advance(i, phase, qs.shape[0])
+            i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
+        clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, W * BS, SEGMENTS)
+        if state_out is not None:
+            # of the last segment that has tokens, or of a sequence that has none
+            if (i_n < N) & (end == eos) & ((first < end) | (first == bos)):
+                p_out = state_out + i_n.to(gl.int64) * so_n + i_h.to(gl.int64) * so_h
+                gl.store(p_out + (here(o_v).to(gl.int64)[:, None] * so_v + here(o_k).to(gl.int64)[None, :] * so_k), b_s, mask=m_s)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def row_sums(work, x_o, partial, s_full, s_empty, H: gl.constexpr, SEGMENTS: gl.constexpr):
+    cu_seqlens, units, N, T, segment = work
+    layout: gl.constexpr = gl.BlockedLayout([8, C // 32], [1, 32], [1, 1], [1, 0])
+    r = gl.arange(0, C, gl.SliceLayout(0, layout))
+    phase = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        p_x = x_o + (i_b * H + i_h) * T + first + r
+        for i_t in range(0, end - first, C):
+            mbarrier.wait(s_full.index(0), phase)
+            b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
+            for j in gl.static_range(partial.shape[0] // 8):
+                b_x += gl.sum(partial.slice(j * 8, 8, dim=0).load(layout), 0)
+            mbarrier.arrive(s_empty.index(0), count=1)
+            gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
+            phase = phase ^ 1
+
+
+@gluon.jit
+def reverse_load(work, descs, tiles, bars, H: gl.constexpr, GK: gl.constexpr, SEGMENTS: gl.constexpr):
+    cu_seqlens, units, N, T, segment = work
+    desc_q, desc_k, desc_v, desc_do = descs
+    qs, ks, vs, dos = tiles
+    full, empty = bars
+    i = 0
+    phase = 1
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        NT = (end - first + C - 1) // C
+        for i_c in range(NT):
+            i_t = (NT - 1 - i_c) * C
+            mbarrier.wait(empty.index(i), phase)
+            bar = full.index(i)
+            mbarrier.expect(bar, C * (2 * qs.shape[2] + 2 * vs.shape[2]) * 2)
+            tma_load(desc_k, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, ks.index(i))
+            tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, qs.index(i))
+            tma_load(desc_do, tile(cu_seqlens, i_b, i_h, first, end, i_t, 0), bar, dos.index(i))
+            tma_load(desc_v, tile(cu_seqlens, i_b, i_h, first, end, i_t, 0), bar, vs.index(i))
+            i, phase = advance(i, phase, qs.shape[0])
+
+
+@gluon.jit
+def keys(
+    work, scale, desc_dk, z_inter, y, part, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
+):
+    """dk of each chunk, and what dg needs of it; the products that the warp groups of dv need."""
+    cu_seqlens, units, N, T, segment = work
+    qs, ks, vs, dos, ps, dks, state = tiles
+    sums, from_start, to_end, decays = gate_bufs
+    full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty = bars
+    BK: gl.constexpr = qs.shape[2]
+    dtype: gl.constexpr = qs.dtype
+    layout_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    layout_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_k, k_width=2)
+    o_j = gl.arange(0, C, gl.SliceLayout(1, layout_p))
+    o_i = gl.arange(0, C, gl.SliceLayout(0, layout_p))
+    r = gl.arange(0, C, gl.SliceLayout(1, layout_k))
+    i = 0
+    phase = 0
+    s_phase = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _, i_h, i_b, i_n, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        NT = (end - first + C - 1) // C
+        row = (i_b * H + i_h) * T + first
+        for i_c in range(NT):
+            i_t = (NT - 1 - i_c) * C
+            mbarrier.wait(full.index(i), phase)
+            b_p = warpgroup_mma(
+                ks.index(i), qs.index(i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout_p), use_acc=False, is_async=True,
+            )
+            mbarrier.wait(g_full.index(i), phase)
+            c_j = sums.index(i).load(gl.SliceLayout(1, layout_p))
+            c_i = sums.index(i).load(gl.SliceLayout(0, layout_p))
+            decay = gl.where(o_j[:, None] <= o_i[None, :], gl.exp2(c_i[None, :] - c_j[:, None]), 0.0) * scale
+            b_p = warpgroup_mma_wait(0, (b_p,))
+            mbarrier.wait(p_empty.index(i), phase ^ 1)
+            ps.index(i).store((b_p * decay).to(dtype))
+            fence_async_shared()
+            mbarrier.arrive(p_full.index(i), count=1)
+            b_a = warpgroup_mma(
+                vs.index(i), dos.index(i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout_p), use_acc=False, is_async=True,
+            )
+            b_a = warpgroup_mma_wait(0, (b_a,)) * decay
+            b_d = gl.convert_layout(b_a.to(dtype), operand)
+            if DG:
+                b_a = gl.where(o_j[:, None] < o_i[None, :], b_a * b_p, 0.0)
+                y_j = gl.sum(b_a, 1)
+                y_i = gl.sum(b_a, 0)
+                gl.store(y + row + i_t + o_j, y_j, mask=first + i_t + o_j < end)
+                gl.store(y + part + row + i_t + o_i, -y_i, mask=first + i_t + o_i < end)
+            mbarrier.wait(s_full.index(0), s_phase)
+            b_k = warpgroup_mma(vs.index(i), state, gl.zeros([C, BK], gl.float32, layout_k), use_acc=False, is_async=True)
+            decay_k = to_end.index(i).load(gl.SliceLayout(1, layout_k))
+            b_k = warpgroup_mma_wait(0, (b_k,))
+            mbarrier.arrive(s_empty.index(0), count=1)
+            mbarrier.arrive(g_empty.index(i), count=1)
+            b_k = b_k * decay_k[:, None]
+            if DG:
+                b_x = gl.convert_layout(ks.index(i).load(operand), layout_k)
+                gl.store(z_inter + row + i_t + r, gl.sum(b_k * b_x.to(gl.float32), 1), mask=first + i_t + r < end)
+            b_k = warpgroup_mma(b_d, qs.index(i), b_k, is_async=True)
+            tma.store_wait(0)
+            b_k = warpgroup_mma_wait(0, (b_k,))
+            mbarrier.arrive(empty.index(i), count=1)
+            dks.store(b_k.to(dtype))
+            fence_async_shared()
+            tma_store(desc_dk, tile(cu_seqlens, i_b, i_h, first, end, i_t, 0), dks)
+            s_phase = s_phase ^ 1
+            i, phase = advance(i, phase, qs.shape[0])
+        clear(work, desc_dk, dks, i_b, i_n, i_h, first, 0, SEGMENTS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def values(
+    work, states, anchor, desc_dv, tiles, gate_bufs, bars,
+    W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
+):
+    """The gradient of the state, in 64 columns of V, and these columns of dv."""
+    cu_seqlens, units, N, T, segment = work
+    state_in, state_out, si, so = states
+    si_n, si_h, si_k, si_v = si
+    so_n, so_h, so_k, so_v = so
+    anchors, s_ds, blocks = anchor
+    qs, ks, dos, ps, dvs, state = tiles
+    sums, from_start, to_end, decays = gate_bufs
+    full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty = bars
+    BK: gl.constexpr = qs.shape[2]
+    dtype: gl.constexpr = qs.dtype
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    operand_o: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
+    operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
+    o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
+    o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
+    m_s = (o_v < V)[:, None] & (o_k < K)[None, :]
+    i = 0
+    phase = 0
+    s_phase = 1
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        b_s = gl.zeros([BS, BK], gl.float32, layout_s)
+        if state_in is not None:
+            p_in = state_in + i_s.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
+            b_s = gl.load(
+                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
+            ).to(gl.float32)
+        NT = (end - first + C - 1) // C
+        if DG:
+            last_but_one = (eos - first + C - 1) // C - 2
+            a_slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA
+        for i_r in range(NT):
+            i_c = NT - 1 - i_r
+            b_s = warpgroup_mma_wait(0, (b_s,))
+            if DG:
+                ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
+                if ends_block | (i_c == last_but_one):
+                    i_a = gl.where(ends_block, a_slot + i_c // (BA // C), blocks + i_n)
+                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
+                    b_a = gl.load(p_a + here(o_v)[:, None] * K + here(o_k)[None, :], mask=m_s, other=0.0)
+                    gl.store(s_ds + (W * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a.to(gl.float32) * b_s, 1), 0))
+            b_h = b_s.to(dtype)
+            mbarrier.wait(s_empty.index(0), s_phase)
+            state.slice(W * BS, BS, dim=0).store(b_h)
+            fence_async_shared()
+            mbarrier.arrive(s_full.index(0), count=1)
+            s_phase = s_phase ^ 1
+            mbarrier.wait(full.index(i), phase)
+            b_o = warpgroup_mma(
+                gl.convert_layout(b_h, operand_o), ks.index(i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
+                use_acc=False, is_async=True,
+            )
+            b_v = dos.index(i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
+            mbarrier.wait(g_full.index(i), phase)
+            b_d = (b_v.to(gl.float32) * from_start.index(i).load(gl.SliceLayout(0, operand_s))[None, :]).to(dtype)
+            decay_o = to_end.index(i).load(gl.SliceLayout(0, layout_o))
+            b_s = b_s * decays.index(i).load(gl.SliceLayout(0, layout_s))[None, :]
+            b_o = warpgroup_mma_wait(0, (b_o,))
+            b_o = b_o * decay_o[None, :]
+            mbarrier.wait(p_full.index(i), phase)
+            b_o = warpgroup_mma(
+                dos.index(i).slice(W * BS, BS, dim=1).permute((1, 0)), ps.index(i).permute((1, 0)), b_o, is_async=True,
+            )
+            b_s = warpgroup_mma(b_d, qs.index(i), b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, (b_o,))
+            tma.store_wait(0)
+            dvs.index(W).permute((1, 0)).store(b_o.to(dtype))
+            fence_async_shared()
+            tma_store(desc_dv, tile(cu_seqlens, i_b, i_h, first, end, i_c * C, W * BS), dvs.index(W))
+            b_s = warpgroup_mma_wait(0, (b_s,))
+            mbarrier.arrive(p_empty.index(i), count=1)
+            mbarrier.arrive(g_empty.index(i), count=1)
+            mbarrier.arrive(empty.index(i), count=1)
+            i, phase = advance(i, phase, qs.shape[0])
+        clear(work, desc_dv, dvs.index(W), i_b, i_n, i_h, first, W * BS, SEGMENTS)
+        if state_out is not None:
+            if (i_n < N) & (first == bos):
+                p_out = state_out + i_n.to(gl.int64) * so_n + i_h.to(gl.int64) * so_h
+                gl.store(p_out + (here(o_v).to(gl.int64)[:, None] * so_v + here(o_k).to(gl.int64)[None, :] * so_k), b_s, mask=m_s)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def buffers(n: gl.constexpr, count: gl.constexpr):
+    """Barriers of n buffers, each of which `count` arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'blocks', 'scale'])
+def sweep_kernel(
+    desc_q, desc_k, desc_v, desc_o, desc_x,
+    g, state_in, state_out, x_o, anchors, cu_seqlens,
+    scale, units, N, T, segment, blocks,
+    g_b, g_t, g_h,
+    si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
+    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
+    SEGMENTS: gl.constexpr, X: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr,
+    STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = desc_q.dtype
+    by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    by_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    NW: gl.constexpr = BV // BS
+    qs = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    ks = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
+    ps = gl.allocate_shared_memory(dtype, [PRODUCTS, C, C], square)
+    os = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
+    sums = gl.allocate_shared_memory(gl.float32, [PRODUCTS, C], row)
+    from_start = gl.allocate_shared_memory(gl.float32, [PRODUCTS, C], row)
+    to_end = gl.allocate_shared_memory(gl.float32, [PRODUCTS, C], row)
+    decays = gl.allocate_shared_memory(gl.float32, [PRODUCTS, 1], row)
+    full = buffers(STAGES, 1)
+    empty = buffers(STAGES, NW)
+    p_full = buffers(PRODUCTS, 1)
+    p_empty = buffers(PRODUCTS, NW)
+    g_full = buffers(PRODUCTS, 1)
+    if X:
+        xs = gl.allocate_shared_memory(dtype, [X_STAGES, C, BV], by_v)
+        partial = gl.allocate_shared_memory(gl.float32, [32 * NW, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        x_full = buffers(X_STAGES, 1)
+        x_empty = buffers(X_STAGES, NW)
+        s_full = buffers(1, NW)
+        s_empty = buffers(1, 1)
+    else:
+        xs = vs
+        partial = sums
+        x_full = full
+        x_empty = full
+        s_full = full
+        s_empty = full
+    fence_async_shared()
+
+    work = (cu_seqlens, units, N, T, segment)
+    states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
+    anchor = (anchors, blocks)
+    gate_bufs = (sums, from_start, to_end, decays)
+    x_bufs = (xs, partial, x_full, x_empty, s_full, s_empty)
+    tiles = (qs, ks, vs, ps, os)
+    bars = (full, empty, p_full, p_empty, g_full)
+    descs = (desc_q, desc_k, desc_v, desc_x)
+    load_tiles = (qs, ks, vs, xs)
+    load_bars = (full, empty, x_full, x_empty)
+    # constants have to stand in these tuples themselves
+    if NW == 2:
+        if X:
+            gl.warp_specialize([
+                (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
+                (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 1, H, K, V, BA, SEGMENTS, X)),
+                (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+                (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
+                (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
+                (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
+            ], [4, 4, 1, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+        else:
+            gl.warp_specialize([
+                (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
+                (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 1, H, K, V, BA, SEGMENTS, X)),
+                (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+                (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
+                (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
+            ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+    elif X:
+        gl.warp_specialize([
+            (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
+            (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+            (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
+            (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
+            (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
+        ], [4, 1, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+    else:
+        gl.warp_specialize([
+            (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
+            (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+            (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
+            (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
+        ], [4, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+
+
+@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'part', 'blocks', 'scale'])
+def reverse_kernel(
+    desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
+    g, state_in, state_out, z_inter, y, anchors, s_ds, cu_seqlens,
+    scale, units, N, T, segment, part, blocks,
+    g_b, g_t, g_h,
+    si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
+    H: gl.constexpr, GK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
+    SEGMENTS: gl.constexpr, DG: gl.constexpr, STAGES: gl.constexpr,
+    STATE_REGISTERS: gl.constexpr, KEY_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = desc_q.dtype
+    by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    by_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    NW: gl.constexpr = BV // BS
+    qs = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    ks = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
+    dos = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
+    ps = gl.allocate_shared_memory(dtype, [STAGES, C, C], square)
+    dks = gl.allocate_shared_memory(dtype, [C, BK], by_k)
+    dvs = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
+    state = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
+    sums = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
+    from_start = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
+    to_end = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
+    decays = gl.allocate_shared_memory(gl.float32, [STAGES, 1], row)
+    full = buffers(STAGES, 1)
+    empty = buffers(STAGES, NW + 1)
+    p_full = buffers(STAGES, 1)
+    p_empty = buffers(STAGES, NW)
+    g_full = buffers(STAGES, 1)
+    g_empty = buffers(STAGES, NW + 1)
+    s_full = buffers(1, NW)
+    s_empty = buffers(1, 1)
+    fence_async_shared()
+
+    work = (cu_seqlens, units, N, T, segment)
+    states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
+    anchor = (anchors, s_ds, blocks)
+    gate_bufs = (sums, from_start, to_end, decays)
+    bars = (full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty)
+    value_tiles = (qs, ks, dos, ps, dvs, state)
+    key_tiles = (qs, ks, vs, dos, ps, dks, state)
+    if NW == 2:
+        gl.warp_specialize([
+            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
+            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 1, H, K, V, BA, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, z_inter, y, part, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
+            (reverse_load, (work, (desc_q, desc_k, desc_v, desc_do), (qs, ks, vs, dos), (full, empty), H, GK, SEGMENTS)),
+        ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+    else:
+        gl.warp_specialize([
+            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, z_inter, y, part, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
+            (reverse_load, (work, (desc_q, desc_k, desc_v, desc_do), (qs, ks, vs, dos), (full, empty), H, GK, SEGMENTS)),
+        ], [4, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+
+
+@functools.cache
+def tile_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, CHUNK, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16)
+
+
+def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None) -> TensorDescriptor:
+    """Of tiles `[1, 1, 1, C, columns]` of `x [B, T, H, D]`, at coordinates as `tile` makes them."""
+    B, T, H, D = x.shape
+    # a dimension of one may have any stride
+    b, t, h = (stride if size > 1 else 64 for stride, size in zip(x.stride(), (B, T, H)))
+    if cu_seqlens is None:
+        shape, strides = [B, 1, H, T, D], [b, t, h, t, 1]
+    else:
+        shape, strides = [2**31 - 1, 2**31 - 1, H, FAR.value, D], [FAR_AWAY - t, t, h, t, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, CHUNK, columns], tile_layout(columns, x.dtype))
+
+
+def takes(*tensors: torch.Tensor | None) -> bool:
+    """Whether the sweeps can read these tensors of one dtype in place, and are made for them."""
+    for x in tensors:
+        if x is None:
+            continue
+        # what the sweeps write is contiguous: its rows, too, must be aligned to 16 bytes
+        if x.dtype.itemsize != 2 or x.shape[-1] > 128 or x.shape[-1] % 8 or x.numel() == 0 or x.data_ptr() % 16:
+            return False
+        if any(size > 1 and (stride <= 0 or stride % 8) for stride, size in zip(x.stride()[:3], x.shape)):
+            return False
+    return True
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def count_units(B, T, H, segment, cu_seqlens):
+    # with packed sequences one more, the tokens behind them
+    slots = count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+    return slots * H
+
+
+def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1):
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
+    also the rows `x . o [1, B, H, T]` of what of o comes from the carried state.
+
+    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
+    """
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    D = 64 if max(K, V) <= 64 else 128
+    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    x_o = None if x is None else torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
+    units = count_units(B, T, H, segment, cu_seqlens)
+    resident = 2 if D == 64 else 1
+    sweep_kernel[(min(units, resident * processors(q.device)),)](
+        *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
+        None if x is None else descriptor(x, D, cu_seqlens),
+        g, state_in, state_out, x_o, anchors, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
+        *((0, 0, 0) if g is None else g.stride()),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
+        **SWEEP[D, x is not None], num_warps=4,
+    )
+    return o, x_o
+
+
+# Stages and registers of the sweeps, by dim
+SWEEP = {
+    (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
+    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
+    (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
+    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
+}
+REVERSE = {
+    64: dict(STAGES=4, STATE_REGISTERS=240, KEY_REGISTERS=200, OTHER_REGISTERS=32, maxnreg=168),
+    128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=128, OTHER_REGISTERS=32, maxnreg=128),
+}
+
+
+def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, anchors=None, BA=1):
+    """One sweep back in time over each sequence, or over each of its segments: dk and dv; and, if there are anchors, what dg needs: `y
+    [2, B, H, T]`, `z [1, B, H, T]` and `<anchor, state> [V / 64, blocks + N, H]`.
+    """
+    B, T, HK, K = k.shape
+    H, V = v.shape[2:]
+    D = 64 if max(K, V) <= 64 else 128
+    dk = torch.empty(B, T, H, K, dtype=q.dtype, device=q.device)
+    dv = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    y = z = s_ds = None
+    if anchors is not None:
+        y = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
+        z = torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
+        s_ds = torch.empty(D // 64, anchors.shape[0], H, dtype=torch.float32, device=q.device)
+    units = count_units(B, T, H, segment, cu_seqlens)
+    reverse_kernel[(min(units, processors(q.device)),)](
+        *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
+        g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
+        *((0, 0, 0) if g is None else g.stride()),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None,
+        **REVERSE[D], num_warps=4,
+    )
+    return dk, dv, y, z, s_ds
