@@ -181,11 +181,14 @@ def load(work, descs, tiles, bars, H: gl.constexpr, GQ: gl.constexpr, GV: gl.con
 
 
 @gluon.jit
-def products(work, scale, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr):
+def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr):
+    """P of each chunk, and the sums of A."""
     cu_seqlens, units, N, T, segment = work
-    qs, ks, ps = tiles
+    qs, ks, vs, ps = tiles
     sums, from_start, to_end, decays = gate_bufs
-    full, p_full, g_full = bars
+    full, empty, p_full, g_full = bars
+    xs, partial, x_full, x_empty, s_full, s_empty = x_bufs
+    PARTS: gl.constexpr = partial.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
@@ -193,9 +196,12 @@ def products(work, scale, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.
     phase = 0
     i_p = 0
     p_phase = 0
+    i_x = 0
+    x_phase = 0
+    s_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
-        for _ in range(0, end - first, C):
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        for i_t in range(0, end - first, C):
             mbarrier.wait(full.index(i), phase)
             b_p = warpgroup_mma(
                 qs.index(i), ks.index(i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout), use_acc=False, is_async=True,
@@ -205,9 +211,26 @@ def products(work, scale, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.
             c_j = sums.index(i_p).load(gl.SliceLayout(0, layout))
             decay = gl.where(o_i[:, None] >= o_j[None, :], gl.exp2(c_i[:, None] - c_j[None, :]), 0.0) * scale
             b_p = warpgroup_mma_wait(0, (b_p,))
-            ps.index(i_p).store((b_p * decay).to(ps.dtype))
+            b_p = (b_p * decay).to(ps.dtype)
+            ps.index(i_p).store(b_p)
             fence_async_shared()
             mbarrier.arrive(p_full.index(i_p), count=1)
+            if X:
+                mbarrier.wait(x_full.index(i_x), x_phase)
+                b_a = warpgroup_mma(
+                    xs.index(i_x), vs.index(i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout), use_acc=False, is_async=True,
+                )
+                b_a = warpgroup_mma_wait(0, (b_a,))
+                mbarrier.arrive(empty.index(i), count=1)
+                mbarrier.arrive(x_empty.index(i_x), count=1)
+                b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p.to(gl.float32), 0.0)
+                gl.store(y + (i_b * H + i_h) * T + first + i_t + o_i, gl.sum(b_a, 1), mask=first + i_t + o_i < end)
+                b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
+                mbarrier.wait(s_empty.index(0), s_phase)
+                partial.index(PARTS - 1).store(b_a)
+                mbarrier.arrive(s_full.index(0), count=1)
+                s_phase = s_phase ^ 1
+                i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
             i, phase = advance(i, phase, qs.shape[0])
             i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
 
@@ -284,7 +307,7 @@ def state(
                 b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
                 mbarrier.arrive(x_empty.index(i_x), count=1)
                 mbarrier.wait(s_empty.index(0), s_phase)
-                partial.slice(W * 32, 32, dim=0).store(b_x)
+                partial.index(W).store(b_x)
                 mbarrier.arrive(s_full.index(0), count=1)
                 s_phase = s_phase ^ 1
                 i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
@@ -315,6 +338,7 @@ def row_sums(work, x_o, partial, s_full, s_empty, H: gl.constexpr, SEGMENTS: gl.
     cu_seqlens, units, N, T, segment = work
     layout: gl.constexpr = gl.BlockedLayout([8, C // 32], [1, 32], [1, 1], [1, 0])
     r = gl.arange(0, C, gl.SliceLayout(0, layout))
+    PARTS: gl.constexpr = partial.shape[0]
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
@@ -322,8 +346,8 @@ def row_sums(work, x_o, partial, s_full, s_empty, H: gl.constexpr, SEGMENTS: gl.
         for i_t in range(0, end - first, C):
             mbarrier.wait(s_full.index(0), phase)
             b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
-            for j in gl.static_range(partial.shape[0] // 8):
-                b_x += gl.sum(partial.slice(j * 8, 8, dim=0).load(layout), 0)
+            for i in gl.static_range(4 * PARTS):
+                b_x += gl.sum(partial.index(i // 4).slice(i % 4 * 8, 8, dim=0).load(layout), 0)
             mbarrier.arrive(s_empty.index(0), count=1)
             gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
             phase = phase ^ 1
@@ -354,7 +378,7 @@ def reverse_load(work, descs, tiles, bars, H: gl.constexpr, GK: gl.constexpr, SE
 
 @gluon.jit
 def keys(
-    work, scale, desc_dk, z_inter, y, part, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
+    work, scale, desc_dk, z, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
 ):
     """dk of each chunk, and what dg needs of it; the products that the warp groups of dv need."""
     cu_seqlens, units, N, T, segment = work
@@ -396,12 +420,6 @@ def keys(
             )
             b_a = warpgroup_mma_wait(0, (b_a,)) * decay
             b_d = gl.convert_layout(b_a.to(dtype), operand)
-            if DG:
-                b_a = gl.where(o_j[:, None] < o_i[None, :], b_a * b_p, 0.0)
-                y_j = gl.sum(b_a, 1)
-                y_i = gl.sum(b_a, 0)
-                gl.store(y + row + i_t + o_j, y_j, mask=first + i_t + o_j < end)
-                gl.store(y + part + row + i_t + o_i, -y_i, mask=first + i_t + o_i < end)
             mbarrier.wait(s_full.index(0), s_phase)
             b_k = warpgroup_mma(vs.index(i), state, gl.zeros([C, BK], gl.float32, layout_k), use_acc=False, is_async=True)
             decay_k = to_end.index(i).load(gl.SliceLayout(1, layout_k))
@@ -411,7 +429,7 @@ def keys(
             b_k = b_k * decay_k[:, None]
             if DG:
                 b_x = gl.convert_layout(ks.index(i).load(operand), layout_k)
-                gl.store(z_inter + row + i_t + r, gl.sum(b_k * b_x.to(gl.float32), 1), mask=first + i_t + r < end)
+                gl.store(z + row + i_t + r, gl.sum(b_k * b_x.to(gl.float32), 1), mask=first + i_t + r < end)
             b_k = warpgroup_mma(b_d, qs.index(i), b_k, is_async=True)
             tma.store_wait(0)
             b_k = warpgroup_mma_wait(0, (b_k,))
@@ -526,7 +544,7 @@ def buffers(n: gl.constexpr, count: gl.constexpr):
 @gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'blocks', 'scale'])
 def sweep_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_x,
-    g, state_in, state_out, x_o, anchors, cu_seqlens,
+    g, state_in, state_out, x_o, y, anchors, cu_seqlens,
     scale, units, N, T, segment, blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
@@ -552,16 +570,16 @@ def sweep_kernel(
     to_end = gl.allocate_shared_memory(gl.float32, [PRODUCTS, C], row)
     decays = gl.allocate_shared_memory(gl.float32, [PRODUCTS, 1], row)
     full = buffers(STAGES, 1)
-    empty = buffers(STAGES, NW)
+    empty = buffers(STAGES, NW + X)
     p_full = buffers(PRODUCTS, 1)
     p_empty = buffers(PRODUCTS, NW)
     g_full = buffers(PRODUCTS, 1)
     if X:
         xs = gl.allocate_shared_memory(dtype, [X_STAGES, C, BV], by_v)
-        partial = gl.allocate_shared_memory(gl.float32, [32 * NW, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        partial = gl.allocate_shared_memory(gl.float32, [NW + 1, 32, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
         x_full = buffers(X_STAGES, 1)
-        x_empty = buffers(X_STAGES, NW)
-        s_full = buffers(1, NW)
+        x_empty = buffers(X_STAGES, NW + 1)
+        s_full = buffers(1, NW + 1)
         s_empty = buffers(1, 1)
     else:
         xs = vs
@@ -579,6 +597,7 @@ def sweep_kernel(
     x_bufs = (xs, partial, x_full, x_empty, s_full, s_empty)
     tiles = (qs, ks, vs, ps, os)
     bars = (full, empty, p_full, p_empty, g_full)
+    product_bars = (full, empty, p_full, g_full)
     descs = (desc_q, desc_k, desc_v, desc_x)
     load_tiles = (qs, ks, vs, xs)
     load_bars = (full, empty, x_full, x_empty)
@@ -588,7 +607,7 @@ def sweep_kernel(
             gl.warp_specialize([
                 (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
                 (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 1, H, K, V, BA, SEGMENTS, X)),
-                (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+                (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
                 (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
                 (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
@@ -597,14 +616,14 @@ def sweep_kernel(
             gl.warp_specialize([
                 (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
                 (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 1, H, K, V, BA, SEGMENTS, X)),
-                (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+                (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
                 (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
             ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     elif X:
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
-            (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+            (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
             (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
             (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
@@ -612,17 +631,17 @@ def sweep_kernel(
     else:
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
-            (products, (work, scale, (qs, ks, ps), gate_bufs, (full, p_full, g_full), H, SEGMENTS)),
+            (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
             (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
         ], [4, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
-@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'part', 'blocks', 'scale'])
+@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'blocks', 'scale'])
 def reverse_kernel(
     desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
-    g, state_in, state_out, z_inter, y, anchors, s_ds, cu_seqlens,
-    scale, units, N, T, segment, part, blocks,
+    g, state_in, state_out, z, anchors, s_ds, cu_seqlens,
+    scale, units, N, T, segment, blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
@@ -665,20 +684,23 @@ def reverse_kernel(
     bars = (full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty)
     value_tiles = (qs, ks, dos, ps, dvs, state)
     key_tiles = (qs, ks, vs, dos, ps, dks, state)
+    descs = (desc_q, desc_k, desc_v, desc_do)
+    load_tiles = (qs, ks, vs, dos)
+    # constants have to stand in these tuples themselves
     if NW == 2:
         gl.warp_specialize([
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 1, H, K, V, BA, SEGMENTS, DG)),
-            (keys, (work, scale, desc_dk, z_inter, y, part, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, z, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, (desc_q, desc_k, desc_v, desc_do), (qs, ks, vs, dos), (full, empty), H, GK, SEGMENTS)),
+            (reverse_load, (work, descs, load_tiles, (full, empty), H, GK, SEGMENTS)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
-            (keys, (work, scale, desc_dk, z_inter, y, part, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, z, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, (desc_q, desc_k, desc_v, desc_do), (qs, ks, vs, dos), (full, empty), H, GK, SEGMENTS)),
+            (reverse_load, (work, descs, load_tiles, (full, empty), H, GK, SEGMENTS)),
         ], [4, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
@@ -734,32 +756,34 @@ def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_o
     H = max(HQ, HV)
     D = 64 if max(K, V) <= 64 else 128
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    x_o = None if x is None else torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
+    x_o = y = None
+    if x is not None:
+        x_o, y = (torch.empty(1, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
     units = count_units(B, T, H, segment, cu_seqlens)
     resident = 2 if D == 64 else 1
     sweep_kernel[(min(units, resident * processors(q.device)),)](
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
         None if x is None else descriptor(x, D, cu_seqlens),
-        g, state_in, state_out, x_o, anchors, cu_seqlens,
+        g, state_in, state_out, x_o, y, anchors, cu_seqlens,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
         *((0, 0, 0) if g is None else g.stride()),
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
         H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
         **SWEEP[D, x is not None], num_warps=4,
     )
-    return o, x_o
+    return o, x_o, y
 
 
 # Stages and registers of the sweeps, by dim
 SWEEP = {
     (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
-    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
+    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, STATE_REGISTERS=144, PRODUCT_REGISTERS=72, OTHER_REGISTERS=24, maxnreg=80),
     (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
-    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
+    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, STATE_REGISTERS=192, PRODUCT_REGISTERS=96, OTHER_REGISTERS=32, maxnreg=128),
 }
 REVERSE = {
     64: dict(STAGES=4, STATE_REGISTERS=240, KEY_REGISTERS=200, OTHER_REGISTERS=32, maxnreg=168),
-    128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=128, OTHER_REGISTERS=32, maxnreg=128),
+    128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=136, OTHER_REGISTERS=24, maxnreg=128),
 }
 
 
@@ -772,19 +796,18 @@ def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=N
     D = 64 if max(K, V) <= 64 else 128
     dk = torch.empty(B, T, H, K, dtype=q.dtype, device=q.device)
     dv = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    y = z = s_ds = None
+    z = s_ds = None
     if anchors is not None:
-        y = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
         z = torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
         s_ds = torch.empty(D // 64, anchors.shape[0], H, dtype=torch.float32, device=q.device)
     units = count_units(B, T, H, segment, cu_seqlens)
     reverse_kernel[(min(units, processors(q.device)),)](
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
-        g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
+        g, state_in, state_out, z, anchors, s_ds, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
         *((0, 0, 0) if g is None else g.stride()),
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
         H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None,
         **REVERSE[D], num_warps=4,
     )
-    return dk, dv, y, z, s_ds
+    return dk, dv, z, s_ds

@@ -342,7 +342,7 @@ def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_sta
         N = count_sequences(q.shape[0], cu_seqlens)
         final_state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     if hopper := hopper_for(q, k, v):
-        o, _ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
+        o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
     else:
         o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
     return o, final_state
@@ -368,12 +368,12 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     if hopper:
         BT = hopper.CHUNK
         if need_q or need_g:
-            dq, w = hopper.sweep(
+            dq, w, y = hopper.sweep(
                 do, v, k, g, scale, cu_seqlens, segment=segment, state_in=transposed(state), x=q if need_g else None,
                 anchors=anchors, BA=BA,
             )
         if need_k or need_v or need_g or need_h0:
-            dk, dv, y, z, s_ds = hopper.reverse_sweep(
+            dk, dv, z, s_ds = hopper.reverse_sweep(
                 q, k, v, g, do, scale, cu_seqlens, segment=segment, state_in=dstate, state_out=dh0, anchors=anchors, BA=BA,
             )
     else:
