@@ -188,7 +188,7 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, g_full = bars
     xs, partial, x_full, x_empty, s_full, s_empty = x_bufs
-    PARTS: gl.constexpr = partial.shape[0]
+    PARTS: gl.constexpr = partial.shape[0] // s_full.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
@@ -198,6 +198,7 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
     p_phase = 0
     i_x = 0
     x_phase = 0
+    i_s = 0
     s_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
@@ -226,10 +227,10 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
                 b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p.to(gl.float32), 0.0)
                 gl.store(y + (i_b * H + i_h) * T + first + i_t + o_i, gl.sum(b_a, 1), mask=first + i_t + o_i < end)
                 b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
-                mbarrier.wait(s_empty.index(0), s_phase)
-                partial.index(PARTS - 1).store(b_a)
-                mbarrier.arrive(s_full.index(0), count=1)
-                s_phase = s_phase ^ 1
+                mbarrier.wait(s_empty.index(i_s), s_phase)
+                partial.index(i_s * PARTS + PARTS - 1).store(b_a)
+                mbarrier.arrive(s_full.index(i_s), count=1)
+                i_s, s_phase = advance(i_s, s_phase, s_full.shape[0])
                 i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
             i, phase = advance(i, phase, qs.shape[0])
             i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
@@ -249,6 +250,7 @@ def state(
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, p_empty, g_full = bars
     xs, partial, x_full, x_empty, s_full, s_empty = x_bufs
+    PARTS: gl.constexpr = partial.shape[0] // s_full.shape[0]
     BK: gl.constexpr = qs.shape[2]
     dtype: gl.constexpr = qs.dtype
     layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
@@ -264,25 +266,22 @@ def state(
     p_phase = 0
     i_x = 0
     x_phase = 0
+    i_s = 0
     s_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        slot, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if state_in is not None:
-            p_in = state_in + i_s.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
+            p_in = state_in + slot.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
             b_s = gl.load(
                 p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
             ).to(gl.float32)
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
         NT = (end - first + C - 1) // C
-        if X:
-            last_but_one = (eos - first + C - 1) // C - 2
-            a_slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA
         for i_c in range(NT):
             if X:
-                ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
-                if ends_block | (i_c == last_but_one):
-                    i_a = gl.where(ends_block, a_slot + i_c // (BA // C), blocks + i_n)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                if wanted:
                     a_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, operand_o))
                     a_k = gl.arange(0, BK, gl.SliceLayout(0, operand_o))
                     p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
@@ -306,10 +305,10 @@ def state(
                 b_x = gl.convert_layout(xs.index(i_x).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o), layout_o)
                 b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
                 mbarrier.arrive(x_empty.index(i_x), count=1)
-                mbarrier.wait(s_empty.index(0), s_phase)
-                partial.index(W).store(b_x)
-                mbarrier.arrive(s_full.index(0), count=1)
-                s_phase = s_phase ^ 1
+                mbarrier.wait(s_empty.index(i_s), s_phase)
+                partial.index(i_s * PARTS + W).store(b_x)
+                mbarrier.arrive(s_full.index(i_s), count=1)
+                i_s, s_phase = advance(i_s, s_phase, s_full.shape[0])
                 i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
             mbarrier.wait(p_full.index(i_p), p_phase)
             b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), ps.index(i_p).permute((1, 0)), b_o, is_async=True)
@@ -334,40 +333,71 @@ def state(
 
 
 @gluon.jit
-def row_sums(work, x_o, partial, s_full, s_empty, H: gl.constexpr, SEGMENTS: gl.constexpr):
+def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
     cu_seqlens, units, N, T, segment = work
-    layout: gl.constexpr = gl.BlockedLayout([8, C // 32], [1, 32], [1, 1], [1, 0])
+    # each the faster one, by 3 to 5% of the sweep
+    layout: gl.constexpr = gl.BlockedLayout([4, 4] if REVERSE else [8, C // 32], [2, 16] if REVERSE else [1, 32], [1, 1], [1, 0])
     r = gl.arange(0, C, gl.SliceLayout(0, layout))
-    PARTS: gl.constexpr = partial.shape[0]
+    PARTS: gl.constexpr = partial.shape[0] // full.shape[0]
+    i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        NT = (end - first + C - 1) // C
         p_x = x_o + (i_b * H + i_h) * T + first + r
-        for i_t in range(0, end - first, C):
-            mbarrier.wait(s_full.index(0), phase)
+        for i_c in range(NT):
+            i_t = (NT - 1 - i_c if REVERSE else i_c) * C
+            mbarrier.wait(full.index(i), phase)
             b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
-            for i in gl.static_range(4 * PARTS):
-                b_x += gl.sum(partial.index(i // 4).slice(i % 4 * 8, 8, dim=0).load(layout), 0)
-            mbarrier.arrive(s_empty.index(0), count=1)
+            for j in gl.static_range(4 * PARTS):
+                b_x += gl.sum(partial.index(i * PARTS + j // 4).slice(j % 4 * 8, 8, dim=0).load(layout), 0)
+            mbarrier.arrive(empty.index(i), count=1)
             gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
-            phase = phase ^ 1
+            i, phase = advance(i, phase, full.shape[0])
 
 
 @gluon.jit
-def reverse_load(work, descs, tiles, bars, H: gl.constexpr, GK: gl.constexpr, SEGMENTS: gl.constexpr):
+def anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA: gl.constexpr):
+    """Whether there is an anchor for chunk i_c of a unit of NT (`_gates.py`), and its slot."""
+    ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
+    slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA + i_c // (BA // C)
+    return ends_block | (i_c == (eos - first + C - 1) // C - 2), gl.where(ends_block, slot, blocks + i_n)
+
+
+@gluon.jit
+def prefetch(p, size: gl.constexpr):
+    """Bring `size` bytes from each of these addresses to the L2 cache."""
+    gl.inline_asm_elementwise(
+        'cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;', '=r,l,r',
+        [p.to(gl.int64, bitcast=True), gl.full(p.shape, size, gl.int32, p.type.layout)], dtype=gl.int32, is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
+def reverse_load(
+    work, descs, tiles, bars, anchor,
+    H: gl.constexpr, GK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
+):
     cu_seqlens, units, N, T, segment = work
+    anchors, s_ds, blocks = anchor
     desc_q, desc_k, desc_v, desc_do = descs
     qs, ks, vs, dos = tiles
     full, empty = bars
     i = 0
     phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
-        for i_c in range(NT):
-            i_t = (NT - 1 - i_c) * C
+        for i_r in range(NT):
+            i_c = NT - 1 - i_r
+            i_t = i_c * C
             mbarrier.wait(empty.index(i), phase)
             bar = full.index(i)
+            if DG and K * V % 256 == 0:
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                if wanted:
+                    part = (i_a.to(gl.int64) * H + i_h) * (K * V) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (K * V // 32)
+                    prefetch(anchors + part, K * V // 16)
             mbarrier.expect(bar, C * (2 * qs.shape[2] + 2 * vs.shape[2]) * 2)
             tma_load(desc_k, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, ks.index(i))
             tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, qs.index(i))
@@ -377,12 +407,10 @@ def reverse_load(work, descs, tiles, bars, H: gl.constexpr, GK: gl.constexpr, SE
 
 
 @gluon.jit
-def keys(
-    work, scale, desc_dk, z, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
-):
-    """dk of each chunk, and what dg needs of it; the products that the warp groups of dv need."""
+def keys(work, scale, desc_dk, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr):
+    """dk of each chunk, and the products that the warp groups of dv need."""
     cu_seqlens, units, N, T, segment = work
-    qs, ks, vs, dos, ps, dks, state = tiles
+    qs, ks, vs, dos, ps, dks, published = tiles
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty = bars
     BK: gl.constexpr = qs.shape[2]
@@ -392,14 +420,12 @@ def keys(
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_k, k_width=2)
     o_j = gl.arange(0, C, gl.SliceLayout(1, layout_p))
     o_i = gl.arange(0, C, gl.SliceLayout(0, layout_p))
-    r = gl.arange(0, C, gl.SliceLayout(1, layout_k))
     i = 0
     phase = 0
     s_phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, i_h, i_b, i_n, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
-        row = (i_b * H + i_h) * T + first
         for i_c in range(NT):
             i_t = (NT - 1 - i_c) * C
             mbarrier.wait(full.index(i), phase)
@@ -421,15 +447,12 @@ def keys(
             b_a = warpgroup_mma_wait(0, (b_a,)) * decay
             b_d = gl.convert_layout(b_a.to(dtype), operand)
             mbarrier.wait(s_full.index(0), s_phase)
-            b_k = warpgroup_mma(vs.index(i), state, gl.zeros([C, BK], gl.float32, layout_k), use_acc=False, is_async=True)
+            b_k = warpgroup_mma(vs.index(i), published, gl.zeros([C, BK], gl.float32, layout_k), use_acc=False, is_async=True)
             decay_k = to_end.index(i).load(gl.SliceLayout(1, layout_k))
             b_k = warpgroup_mma_wait(0, (b_k,))
             mbarrier.arrive(s_empty.index(0), count=1)
             mbarrier.arrive(g_empty.index(i), count=1)
             b_k = b_k * decay_k[:, None]
-            if DG:
-                b_x = gl.convert_layout(ks.index(i).load(operand), layout_k)
-                gl.store(z + row + i_t + r, gl.sum(b_k * b_x.to(gl.float32), 1), mask=first + i_t + r < end)
             b_k = warpgroup_mma(b_d, qs.index(i), b_k, is_async=True)
             tma.store_wait(0)
             b_k = warpgroup_mma_wait(0, (b_k,))
@@ -445,7 +468,7 @@ def keys(
 
 @gluon.jit
 def values(
-    work, states, anchor, desc_dv, tiles, gate_bufs, bars,
+    work, states, anchor, desc_dv, tiles, gate_bufs, bars, z_bufs,
     W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
 ):
     """The gradient of the state, in 64 columns of V, and these columns of dv."""
@@ -454,7 +477,8 @@ def values(
     si_n, si_h, si_k, si_v = si
     so_n, so_h, so_k, so_v = so
     anchors, s_ds, blocks = anchor
-    qs, ks, dos, ps, dvs, state = tiles
+    qs, ks, vs, dos, ps, dvs, published = tiles
+    partial, z_full, z_empty = z_bufs
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty = bars
     BK: gl.constexpr = qs.shape[2]
@@ -469,6 +493,7 @@ def values(
     i = 0
     phase = 0
     s_phase = 1
+    z_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
@@ -478,28 +503,23 @@ def values(
                 p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
             ).to(gl.float32)
         NT = (end - first + C - 1) // C
-        if DG:
-            last_but_one = (eos - first + C - 1) // C - 2
-            a_slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA
         for i_r in range(NT):
             i_c = NT - 1 - i_r
             b_s = warpgroup_mma_wait(0, (b_s,))
             if DG:
-                ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
-                if ends_block | (i_c == last_but_one):
-                    i_a = gl.where(ends_block, a_slot + i_c // (BA // C), blocks + i_n)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                if wanted:
                     p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
-                    b_a = gl.load(p_a + here(o_v)[:, None] * K + here(o_k)[None, :], mask=m_s, other=0.0)
+                    b_a = gl.load(p_a + o_v[:, None] * K + o_k[None, :], mask=m_s, other=0.0)
                     gl.store(s_ds + (W * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a.to(gl.float32) * b_s, 1), 0))
-            b_h = b_s.to(dtype)
             mbarrier.wait(s_empty.index(0), s_phase)
-            state.slice(W * BS, BS, dim=0).store(b_h)
+            published.slice(W * BS, BS, dim=0).store(b_s.to(dtype))
             fence_async_shared()
             mbarrier.arrive(s_full.index(0), count=1)
             s_phase = s_phase ^ 1
             mbarrier.wait(full.index(i), phase)
             b_o = warpgroup_mma(
-                gl.convert_layout(b_h, operand_o), ks.index(i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
+                published.slice(W * BS, BS, dim=0), ks.index(i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
                 use_acc=False, is_async=True,
             )
             b_v = dos.index(i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
@@ -507,19 +527,26 @@ def values(
             b_d = (b_v.to(gl.float32) * from_start.index(i).load(gl.SliceLayout(0, operand_s))[None, :]).to(dtype)
             decay_o = to_end.index(i).load(gl.SliceLayout(0, layout_o))
             b_s = b_s * decays.index(i).load(gl.SliceLayout(0, layout_s))[None, :]
-            b_o = warpgroup_mma_wait(0, (b_o,))
+            b_s = warpgroup_mma(b_d, qs.index(i), b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, (b_o,))
             b_o = b_o * decay_o[None, :]
+            if DG:
+                b_x = gl.convert_layout(vs.index(i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o), layout_o)
+                b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
+                mbarrier.wait(z_empty.index(0), z_phase)
+                partial.index(W).store(b_x)
+                mbarrier.arrive(z_full.index(0), count=1)
+                z_phase = z_phase ^ 1
             mbarrier.wait(p_full.index(i), phase)
             b_o = warpgroup_mma(
                 dos.index(i).slice(W * BS, BS, dim=1).permute((1, 0)), ps.index(i).permute((1, 0)), b_o, is_async=True,
             )
-            b_s = warpgroup_mma(b_d, qs.index(i), b_s, is_async=True)
-            b_o = warpgroup_mma_wait(1, (b_o,))
             tma.store_wait(0)
+            b_s = warpgroup_mma_wait(1, (b_s,))
+            b_o = warpgroup_mma_wait(0, (b_o,))
             dvs.index(W).permute((1, 0)).store(b_o.to(dtype))
             fence_async_shared()
             tma_store(desc_dv, tile(cu_seqlens, i_b, i_h, first, end, i_c * C, W * BS), dvs.index(W))
-            b_s = warpgroup_mma_wait(0, (b_s,))
             mbarrier.arrive(p_empty.index(i), count=1)
             mbarrier.arrive(g_empty.index(i), count=1)
             mbarrier.arrive(empty.index(i), count=1)
@@ -552,7 +579,7 @@ def sweep_kernel(
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, X: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr,
-    STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr,    STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
@@ -576,11 +603,11 @@ def sweep_kernel(
     g_full = buffers(PRODUCTS, 1)
     if X:
         xs = gl.allocate_shared_memory(dtype, [X_STAGES, C, BV], by_v)
-        partial = gl.allocate_shared_memory(gl.float32, [NW + 1, 32, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        partial = gl.allocate_shared_memory(gl.float32, [SUMS * (NW + 1), 32, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
         x_full = buffers(X_STAGES, 1)
         x_empty = buffers(X_STAGES, NW + 1)
-        s_full = buffers(1, NW + 1)
-        s_empty = buffers(1, 1)
+        s_full = buffers(SUMS, NW + 1)
+        s_empty = buffers(SUMS, 1)
     else:
         xs = vs
         partial = sums
@@ -610,7 +637,7 @@ def sweep_kernel(
                 (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
                 (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
-                (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
+                (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
             ], [4, 4, 1, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
             gl.warp_specialize([
@@ -626,7 +653,7 @@ def sweep_kernel(
             (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
             (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
-            (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS)),
+            (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
         ], [4, 1, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
@@ -662,7 +689,7 @@ def reverse_kernel(
     ps = gl.allocate_shared_memory(dtype, [STAGES, C, C], square)
     dks = gl.allocate_shared_memory(dtype, [C, BK], by_k)
     dvs = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
-    state = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
+    published = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
     sums = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
     from_start = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
     to_end = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
@@ -675,32 +702,59 @@ def reverse_kernel(
     g_empty = buffers(STAGES, NW + 1)
     s_full = buffers(1, NW)
     s_empty = buffers(1, 1)
+    if DG:
+        partial = gl.allocate_shared_memory(gl.float32, [NW, 32, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        z_full = buffers(1, NW)
+        z_empty = buffers(1, 1)
+    else:
+        partial = sums
+        z_full = full
+        z_empty = full
     fence_async_shared()
 
     work = (cu_seqlens, units, N, T, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
     anchor = (anchors, s_ds, blocks)
+    z_bufs = (partial, z_full, z_empty)
     gate_bufs = (sums, from_start, to_end, decays)
     bars = (full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty)
-    value_tiles = (qs, ks, dos, ps, dvs, state)
-    key_tiles = (qs, ks, vs, dos, ps, dks, state)
+    value_tiles = (qs, ks, vs, dos, ps, dvs, published)
+    key_tiles = (qs, ks, vs, dos, ps, dks, published)
     descs = (desc_q, desc_k, desc_v, desc_do)
     load_tiles = (qs, ks, vs, dos)
     # constants have to stand in these tuples themselves
     if NW == 2:
+        if DG:
+            gl.warp_specialize([
+                (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
+                (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 1, H, K, V, BA, SEGMENTS, DG)),
+                (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
+                (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
+                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+                (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
+            ], [4, 4, 1, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+        else:
+            gl.warp_specialize([
+                (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
+                (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 1, H, K, V, BA, SEGMENTS, DG)),
+                (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
+                (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
+                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+            ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+    elif DG:
         gl.warp_specialize([
-            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
-            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 1, H, K, V, BA, SEGMENTS, DG)),
-            (keys, (work, scale, desc_dk, z, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, descs, load_tiles, (full, empty), H, GK, SEGMENTS)),
-        ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+            (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
+        ], [4, 1, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
-            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, 0, H, K, V, BA, SEGMENTS, DG)),
-            (keys, (work, scale, desc_dk, z, key_tiles, gate_bufs, bars, H, SEGMENTS, DG)),
+            (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
+            (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, descs, load_tiles, (full, empty), H, GK, SEGMENTS)),
+            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
         ], [4, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
@@ -776,14 +830,14 @@ def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_o
 
 # Stages and registers of the sweeps, by dim
 SWEEP = {
-    (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
-    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, STATE_REGISTERS=144, PRODUCT_REGISTERS=72, OTHER_REGISTERS=24, maxnreg=80),
-    (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
-    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, STATE_REGISTERS=192, PRODUCT_REGISTERS=96, OTHER_REGISTERS=32, maxnreg=128),
+    (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
+    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, SUMS=1, STATE_REGISTERS=144, PRODUCT_REGISTERS=72, OTHER_REGISTERS=24, maxnreg=80),
+    (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
+    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, SUMS=2, STATE_REGISTERS=192, PRODUCT_REGISTERS=96, OTHER_REGISTERS=32, maxnreg=128),
 }
 REVERSE = {
     64: dict(STAGES=4, STATE_REGISTERS=240, KEY_REGISTERS=200, OTHER_REGISTERS=32, maxnreg=168),
-    128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=136, OTHER_REGISTERS=24, maxnreg=128),
+    128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=128, OTHER_REGISTERS=32, maxnreg=128),
 }
 
 
