@@ -274,7 +274,8 @@ def state(
         if state_in is not None:
             p_in = state_in + slot.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
             b_s = gl.load(
-                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
+                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k),
+                mask=(o_v < gl.where(i_n < N, V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
             ).to(gl.float32)
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
         NT = (end - first + C - 1) // C
@@ -339,6 +340,7 @@ def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.cons
     layout: gl.constexpr = gl.BlockedLayout([4, 4] if REVERSE else [8, C // 32], [2, 16] if REVERSE else [1, 32], [1, 1], [1, 0])
     r = gl.arange(0, C, gl.SliceLayout(0, layout))
     PARTS: gl.constexpr = partial.shape[0] // full.shape[0]
+    ROWS: gl.constexpr = partial.shape[1] // 8
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
@@ -349,8 +351,8 @@ def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.cons
             i_t = (NT - 1 - i_c if REVERSE else i_c) * C
             mbarrier.wait(full.index(i), phase)
             b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
-            for j in gl.static_range(4 * PARTS):
-                b_x += gl.sum(partial.index(i * PARTS + j // 4).slice(j % 4 * 8, 8, dim=0).load(layout), 0)
+            for j in gl.static_range(ROWS * PARTS):
+                b_x += gl.sum(partial.index(i * PARTS + j // ROWS).slice(j % ROWS * 8, 8, dim=0).load(layout), 0)
             mbarrier.arrive(empty.index(i), count=1)
             gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
             i, phase = advance(i, phase, full.shape[0])
@@ -500,7 +502,8 @@ def values(
         if state_in is not None:
             p_in = state_in + i_s.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
             b_s = gl.load(
-                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k), mask=m_s, other=0.0,
+                p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k),
+                mask=(o_v < gl.where(i_n < N, V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
             ).to(gl.float32)
         NT = (end - first + C - 1) // C
         for i_r in range(NT):
@@ -776,12 +779,12 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None) -
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
-    """Whether the sweeps can read these tensors of one dtype in place, and are made for them."""
+    """Whether the sweeps, these and those of `_hopper_wide.py`, can read these tensors of one dtype in place, and are made for them."""
     for x in tensors:
         if x is None:
             continue
         # what the sweeps write is contiguous: its rows, too, must be aligned to 16 bytes
-        if x.dtype.itemsize != 2 or x.shape[-1] > 128 or x.shape[-1] % 8 or x.numel() == 0 or x.data_ptr() % 16:
+        if x.dtype.itemsize != 2 or x.shape[-1] > 256 or x.shape[-1] % 8 or x.numel() == 0 or x.data_ptr() % 16:
             return False
         if any(size > 1 and (stride <= 0 or stride % 8) for stride, size in zip(x.stride()[:3], x.shape)):
             return False
@@ -797,6 +800,10 @@ def count_units(B, T, H, segment, cu_seqlens):
     # with packed sequences one more, the tokens behind them
     slots = count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
     return slots * H
+
+
+def registers(states: int, products: int, others: int) -> dict[str, int]:
+    return dict(STATE_REGISTERS=states, PRODUCT_REGISTERS=products, OTHER_REGISTERS=others)
 
 
 def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1):
@@ -828,13 +835,15 @@ def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_o
     return o, x_o, y
 
 
-# Stages and registers of the sweeps, by dim
+# By dim, and whether the sweep leaves what dg needs: buffers and registers. The registers of all warp groups are 64 K, or half of that
+# where two programs share a multiprocessor; with fewer for the states ptxas puts a wait behind every product (C7512).
 SWEEP = {
-    (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, STATE_REGISTERS=144, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32, maxnreg=80),
-    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, SUMS=1, STATE_REGISTERS=144, PRODUCT_REGISTERS=72, OTHER_REGISTERS=24, maxnreg=80),
-    (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, STATE_REGISTERS=200, PRODUCT_REGISTERS=80, OTHER_REGISTERS=32, maxnreg=128),
-    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, SUMS=2, STATE_REGISTERS=192, PRODUCT_REGISTERS=96, OTHER_REGISTERS=32, maxnreg=128),
+    (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, maxnreg=80) | registers(144, 64, 32),
+    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, SUMS=1, maxnreg=80) | registers(144, 72, 24),
+    (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, maxnreg=128) | registers(200, 80, 32),
+    (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, SUMS=2, maxnreg=128) | registers(192, 96, 32),
 }
+# One program to a multiprocessor at D 64 too: with the registers of half of one there is such a wait.
 REVERSE = {
     64: dict(STAGES=4, STATE_REGISTERS=240, KEY_REGISTERS=200, OTHER_REGISTERS=32, maxnreg=168),
     128: dict(STAGES=2, STATE_REGISTERS=176, KEY_REGISTERS=128, OTHER_REGISTERS=32, maxnreg=128),

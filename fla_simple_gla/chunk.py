@@ -215,13 +215,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Programs of a sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk.
+# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of the
+# sweeps of `_hopper.py` one program has it for itself, and all columns of V.
 RESIDENT = 2
 SHARING = 0.3
-# Of a summary beside a sweep over the same chunks, in both directions together; of two more launches, in chunks; of a segment in
+# Of a summary beside a sweep over the same chunks, in both directions together; of the launches for it, in chunks; of a segment in
 # the combine, likewise.
 SUMMARY = 0.25
-LAUNCHES = 20
+LAUNCHES = 6
 COMBINE = 0.1
 # Segments are multiples of so many tokens, that anchors may be as far apart (`_gates.py`).
 GRAIN = 256
@@ -229,7 +230,7 @@ GRAIN = 256
 
 @functools.lru_cache(4096)
 def segment_tokens(
-    rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, sequences: int | None = None,
+    rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, specialized: bool, sequences: int | None = None,
 ) -> int | None:
     """Tokens to a segment, a multiple of GRAIN, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
     they stay in one piece.
@@ -243,14 +244,14 @@ def segment_tokens(
     if sequences is not None and sequences * V * 8 > T:
         return None
     BT, BV, *_ = sweep_config(K, V, dtype, device)
-    programs = rows * H * triton.cdiv(V, BV)
+    programs = rows * H if specialized else rows * H * triton.cdiv(V, BV)
     processors = multiprocessors(device)
-    at_once = processors * RESIDENT
+    at_once = processors if specialized else processors * RESIDENT
 
     def chunk_time(programs):
         if programs > at_once:
             # the last ones share multiprocessors, though others are free
-            return triton.cdiv(programs, at_once) * (1 + SHARING * (RESIDENT - 1))
+            return triton.cdiv(programs, at_once) * (1 + SHARING * (at_once // processors - 1))
         return 1 + SHARING * (triton.cdiv(programs, processors) - 1)
 
     best, chosen = triton.cdiv(T, BT) * chunk_time(programs), None
@@ -272,8 +273,9 @@ class Chunk(torch.autograd.Function):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, sequences)
-        c = None if segment is None and hopper_for(q, k, v) else sweep_gates(q, v, g, cu_seqlens)
+        hopper = hopper_for(q, k, v)
+        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
+        c = None if segment is None and hopper else sweep_gates(q, v, g, cu_seqlens)
         state = initial_state
         if segment is not None:
             state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)

@@ -275,7 +275,7 @@ def sweep(
     q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
-    also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of pairs inside a chunk and of the carried state, and
+    also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of the carried state and of pairs inside a chunk, and
     `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
@@ -308,7 +308,7 @@ def sweep(
             TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages,
             num_warps=warps,
         )
-    return o, x_o, x_inter, s_ds
+    return (o, x_inter, x_o, s_ds) if reverse else (o, x_o, None, None)
 
 
 # With which versions of triton the sweeps of `_hopper.py` were compiled; they ran on 3.6. Gluon changes from one to the next.
@@ -329,7 +329,15 @@ def hopper_sweeps(device: torch.device):
 def hopper_for(*tensors: torch.Tensor):
     """The module of the sweeps for Hopper if they take these tensors."""
     module = hopper_sweeps(tensors[0].device)
-    return module if module is not None and module.takes(*tensors) else None
+    if module is None or not module.takes(*tensors):
+        return None
+    if max(x.shape[-1] for x in tensors) <= 128:
+        return module
+    # the ptxas of 3.9 puts a wait behind every product of the wide ones (C7512)
+    if triton.__version__.startswith('3.9'):
+        return None
+    from . import _hopper_wide
+    return _hopper_wide
 
 
 def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, segment=None):
@@ -356,10 +364,11 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = hopper_for(q, k, v, do)
-    # the plain sweeps make dk and dv one after the other, and have the memory of dv for more anchors
-    BA = anchor_tokens(segment, 384 if hopper else 256)
+    # the others make dk and dv one after the other, and have the memory of dv for more anchors
+    one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
+    BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None
-    dq = dk = dv = dg = dh0 = None
+    dq = dk = dv = dg = dh0 = y = None
     if need_g:
         anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, K)
     if need_h0:
@@ -367,24 +376,24 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
 
     if hopper:
         BT = hopper.CHUNK
-        if need_q or need_g:
-            dq, w, y = hopper.sweep(
-                do, v, k, g, scale, cu_seqlens, segment=segment, state_in=transposed(state), x=q if need_g else None,
-                anchors=anchors, BA=BA,
-            )
+        run = functools.partial(hopper.sweep, g=g)
+    else:
+        if c is None and g is not None:
+            c = sweep_gates(q, v, g, cu_seqlens)
+        BT = 0 if c is None else c.shape[-1]
+        run = functools.partial(sweep, c=c, precision=precision)
+    run = functools.partial(run, scale=scale, cu_seqlens=cu_seqlens, segment=segment, BA=BA)
+    if need_q or need_g:
+        dq, w, y, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
+    if one_reverse_sweep:
         if need_k or need_v or need_g or need_h0:
             dk, dv, z, s_ds = hopper.reverse_sweep(
                 q, k, v, g, do, scale, cu_seqlens, segment=segment, state_in=dstate, state_out=dh0, anchors=anchors, BA=BA,
             )
     else:
-        if c is None and g is not None:
-            c = sweep_gates(q, v, g, cu_seqlens)
-        BT = 0 if c is None else c.shape[-1]
-        run = functools.partial(sweep, c=c, scale=scale, cu_seqlens=cu_seqlens, precision=precision, segment=segment, BA=BA)
-        if need_q or need_g:
-            dq, w, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
         if need_k or need_g:
-            dk, y, z, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+            dk, z, pairs, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+            y = pairs if y is None else y
         anchors = None
         if need_v or need_h0:
             dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)

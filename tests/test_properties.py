@@ -242,8 +242,8 @@ def test_how_many_segments(monkeypatch):
     monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
     monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
 
-    def segments(B, T, H, D, sequences=None):
-        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, D, torch.bfloat16, torch.device('cuda', 0), sequences)
+    def segments(B, T, H, D, sequences=None, specialized=False):
+        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, D, torch.bfloat16, torch.device('cuda', 0), specialized, sequences)
         assert tokens is None or tokens % 128 == 0
         return 1 if tokens is None else -(-T // tokens)
 
@@ -254,6 +254,12 @@ def test_how_many_segments(monkeypatch):
     assert 14 <= segments(1, 131072, 8, 128) <= 16
     assert segments(2, 16384, 16, 128) == 4
     assert segments(1, 1_000_000, 4, 64) > 60
+    # a program of the sweeps for Hopper has a multiprocessor for itself
+    assert segments(4, 4096, 64, 128, specialized=True) == 1
+    assert segments(1, 131072, 8, 128, specialized=True) == 16
+    assert segments(2, 16384, 16, 128, specialized=True) == 4
+    assert segments(4, 2048, 16, 128, specialized=True) == 2
+    assert segments(8, 1024, 8, 64, specialized=True) == 1
     # packed ones: as one, unless they are many and short
     assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
     assert segments(1, 131072, 8, 128, 2000) == 1

@@ -1,0 +1,165 @@
+"""Time per byte of `chunk_simple_gla` over shapes, to find any that costs much more than the shapes next to it.
+
+    python benchmarks/shapes.py [--plot FILE.png]
+
+One sweep takes T from 128 to 1,048,576 at B x H x T = 2^20, with D 128 and 64; the other D = K = V from 16 to 256. The bytes are those
+of 4 passes over a tensor forward and 11 with the backward, as in `run.py`; the ratio is that of a point's time per byte to the
+lesser of its neighbours'. Where a call's time on the host is close to what was measured, the host is the reason.
+
+The plot needs matplotlib; without it, or without --plot, bars are printed.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+
+import torch
+from run import BOTH_PASSES, FORWARD_PASSES, calls, copy_bandwidth, host_time, inputs, label, median, pass_bytes, print_machine, require_gpu, short
+
+from fla_simple_gla import chunk_simple_gla
+
+CLIFF = 1.5
+PASSES = {'forward': FORWARD_PASSES, 'forward + backward': BOTH_PASSES}
+
+
+def lengths(D) -> list[tuple[int, ...]]:
+    """T from 2^7 to 2^20: 8 heads and as many sequences as make 2^20 tokens, and behind one sequence of 2^17 fewer heads."""
+    return [(max(1, 2**17 // T), T, min(8, 2**20 // T), D) for T in (2**i for i in range(7, 21))]
+
+
+def dims() -> list[tuple[int, ...]]:
+    return [(4, 4096, 16, D) for D in (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256)]
+
+
+# title: the shapes, and which of B, T, H, D goes along the axis
+SWEEPS = {
+    'T at B x H x T = 2^20, D 128': (lengths(128), 1),
+    'T at B x H x T = 2^20, D 64': (lengths(64), 1),
+    'D at B4 T4096 H16': (dims(), 3),
+}
+
+
+@dataclasses.dataclass
+class Point:
+    shape: tuple[int, ...]
+    ms: float
+    host: float
+    passes: int
+
+    @property
+    def ns_per_kib(self) -> float:
+        return self.ms * 1e6 / (self.passes * pass_bytes(self.shape) / 2**10)
+
+    @property
+    def is_host_bound(self) -> bool:
+        return self.host > 0.8 * self.ms
+
+
+def ratios(points) -> list[float]:
+    """Each point's time per byte over the lesser of its neighbours'; 1 where it has none."""
+    costs = [point.ns_per_kib for point in points]
+    return [cost / min([*costs[max(0, i - 1) : i], *costs[i + 1 : i + 2]], default=cost) for i, cost in enumerate(costs)]
+
+
+def compile_for(shape) -> None:
+    """Run a forward and backward, so that its kernels are in triton's cache."""
+    B, T, H, D = shape
+    leaves, do = inputs(B, T, H, D)
+    calls(chunk_simple_gla, leaves, do)[1]()
+    torch.cuda.synchronize()
+
+
+def compile_all(shapes) -> None:
+    """In processes side by side: one after the other, the kernels would take longer to compile than all else here."""
+    workers = min(8, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        # what fails here fails again where it is timed, and is reported there
+        concurrent.futures.wait([pool.submit(compile_for, shape) for shape in shapes])
+
+
+def measure(shapes) -> dict[str, list[Point]]:
+    """The points of a sweep for each of `PASSES`; a shape that fails is reported and left out."""
+    points = {name: [] for name in PASSES}
+    for shape in shapes:
+        try:
+            leaves, do = inputs(*shape)
+            for (name, passes), call in zip(PASSES.items(), calls(chunk_simple_gla, leaves, do)):
+                points[name].append(Point(shape, median(call, warmup=5, rep=20), host_time(call, repeats=10), passes))
+        except Exception as error:
+            print(f'{label(shape)} failed: {short(error)}', flush=True)
+    return points
+
+
+def table(points) -> str:
+    lines = [f'{"shape":22}  {"ms":>8}  {"host ms":>8}  {"ns/KiB":>7}  {"ratio":>5}']
+    for point, ratio in zip(points, ratios(points)):
+        flag = '' if ratio <= CLIFF else f'  <- above {CLIFF}' + (', bound by the host' if point.is_host_bound else '')
+        lines.append(f'{label(point.shape):22}  {point.ms:8.3f}  {point.host:8.3f}  {point.ns_per_kib:7.3f}  {ratio:5.2f}{flag}')
+    return '\n'.join(lines)
+
+
+def bars(points, axis, width=60) -> str:
+    longest = max((point.ns_per_kib for point in points), default=1)
+    return '\n'.join(
+        f'{"BTHD"[axis]} {point.shape[axis]:<8}{"#" * max(1, round(width * point.ns_per_kib / longest))} {point.ns_per_kib:.3f}'
+        for point in points
+    )
+
+
+def plot(results, floor, path) -> bool:
+    """Whether there is matplotlib to draw with. `results` has the points of each sweep, for each of `PASSES`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(5 * len(results), 4), layout='constrained')
+    for axes, (title, sweep) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+        axis = SWEEPS[title][1]
+        for name, points in sweep.items():
+            axes.plot([point.shape[axis] for point in points], [point.ns_per_kib for point in points], marker='.', label=name)
+        axes.axhline(floor, color='gray', linestyle='--', label='floor')
+        axes.set(title=title, xlabel='BTHD'[axis], ylabel='ns / KiB')
+        axes.set_xscale('log', base=2)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path)
+    return True
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--plot', metavar='FILE.png', help='where to draw the sweeps, if there is matplotlib')
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> None:
+    options = parse(arguments)
+    require_gpu()
+    bandwidth = copy_bandwidth()
+    floor = 2**10 / bandwidth * 1e9
+    print_machine(bandwidth)
+    print(f'floor {floor:.3f} ns/KiB', flush=True)
+    compile_all([shape for shapes, _ in SWEEPS.values() for shape in shapes])
+    results = {}
+    for title, (shapes, _) in SWEEPS.items():
+        results[title] = measure(shapes)
+        for name, points in results[title].items():
+            print(f'\n{title}: {name}\n{table(points)}', flush=True)
+
+    every = [points for sweep in results.values() for points in sweep.values()]
+    above = sum(ratio > CLIFF for points in every for ratio in ratios(points))
+    print(f'\n{above} of {sum(map(len, every))} points cost more than {CLIFF} times a neighbour for a byte')
+    if options.plot and plot(results, floor, options.plot):
+        print(f'drawn in {options.plot}')
+        return
+    if options.plot:
+        print('no matplotlib: bars in place of the plot')
+    for title, sweep in results.items():
+        for name, points in sweep.items():
+            print(f'\n{title}: {name}, ns/KiB\n{bars(points, SWEEPS[title][1])}')
+
+
+if __name__ == '__main__':
+    main()
