@@ -8,7 +8,7 @@ sequence count as one more.
 
 import torch
 
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 
 
 @jit
@@ -58,4 +58,4 @@ def count_sequences(B: int, cu_seqlens: torch.Tensor | None) -> int:
 
 def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
     """Blocks of BT tokens in a batch, or a bound on them, the tokens behind the last sequence included."""
-    return B * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0]
+    return B * -(-T // BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0]

@@ -14,7 +14,7 @@ anyway the parts are added and stored as one number; fp32 inputs get both, and s
   behind it, and `crossing = exp(g_1 + ... + g_e) <S, dS>` what goes from before the chunk to behind it.
 - y_s is the sum over i of A_is less the sum over j of A_sj, with A_ij what the pair (i, j) adds to q_i . dq_i and to k_j . dk_j. So
   pairs that t is not between cancel. Their rounding must cancel too: both sums are taken from the same numbers, in fp32. A sweep may
-  leave the second sum in w, if it has it there.
+  leave either of them in w, if it has it there.
 
 Between chunks, `crossing + sum z` of one chunk is `crossing + sum (w - y)` of the next. Sums that run far this way telescope: the rounding
 of w and z, which come from states in the inputs' dtype, adds up while the value does not. So:
@@ -27,11 +27,13 @@ of w and z, which come from states in the inputs' dtype, adds up while the value
   state's gradient, which can be far larger than all else, then decays in the one before it.
 """
 
+import functools
 import math
 
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots
+from ._launch import Launch
 from ._triton import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -40,7 +42,7 @@ UNDERFLOW = tl.constexpr(-126.0)
 RESET = tl.constexpr(-256.0)
 
 
-
+@functools.cache
 def anchor_tokens(segment: int | None, at_most: int) -> int:
     """Tokens to an anchor block, where sequences run in segments or in one piece.
 
@@ -87,17 +89,22 @@ def chunk_gates_kernel(
         tl.store(p_c, whole + fraction, mask=m_c)
 
 
+@Launch
+def launch_chunk_gates(g, c, cu_seqlens):
+    B, T, H = g.shape
+    parts, slots, _, BT = c.shape
+    BH = min(16, triton.next_power_of_2(H))
+    args = g, c, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), slots * H * BT
+    return chunk_gates_kernel, (slots, triton.cdiv(H, BH), 1), args, dict(H=H, BT=BT, BH=BH, TWO_PARTS=parts == 2, num_warps=4)
+
+
 def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Running sums of `g [B, T, H]` within chunks of BT: `[1, slots, H, BT]`, or `[2, slots, H, BT]`, whole numbers and fractions."""
     B, T, H = g.shape
     slots = count_slots(B, T, BT, cu_seqlens)
     c = torch.empty(1 + two_parts, slots, H, BT, dtype=torch.float32, device=g.device)
     if slots:
-        N = count_sequences(B, cu_seqlens)
-        BH = min(16, triton.next_power_of_2(H))
-        chunk_gates_kernel[(slots, triton.cdiv(H, BH))](
-            g, c, cu_seqlens, N, T, *g.stride(), c[0].numel(), H=H, BT=BT, BH=BH, TWO_PARTS=two_parts, num_warps=4,
-        )
+        launch_chunk_gates((g, c, cu_seqlens))
     return c
 
 
@@ -209,6 +216,18 @@ def gate_gradient_kernel(
         tl.store(dg + (i_b * T + (i_t + r).to(tl.int64)[:, None]) * H + o_h[None, :], b_dg, mask=mask)
 
 
+@Launch
+def launch_gate_gradient(g, dg, w, y, z, s_ds, cu_seqlens, BA, BT, dtype, state):
+    B, T, H = g.shape
+    blocks = count_slots(B, T, BA, cu_seqlens)
+    BH = min(8, triton.next_power_of_2(H))
+    # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
+    negligible = math.log2(torch.finfo(dtype).eps) - 3
+    args = g, dg, w, y, z, s_ds, cu_seqlens, count_sequences(B, cu_seqlens), T, negligible, *g.stride(), B * H * T, blocks
+    constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4)
+    return gate_gradient_kernel, (blocks, triton.cdiv(H, BH), 1), args, constants
+
+
 def gate_gradient(
     g: torch.Tensor,
     w: torch.Tensor,
@@ -228,14 +247,6 @@ def gate_gradient(
     """
     B, T, H = g.shape
     dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
-    blocks = count_slots(B, T, BA, cu_seqlens)
-    if blocks:
-        BH = min(8, triton.next_power_of_2(H))
-        N = count_sequences(B, cu_seqlens)
-        # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
-        negligible = math.log2(torch.finfo(dtype).eps) - 3
-        gate_gradient_kernel[(blocks, triton.cdiv(H, BH))](
-            g, dg, w, y, z, s_ds, cu_seqlens, N, T, negligible, *g.stride(), B * H * T, blocks,
-            NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4,
-        )
+    if count_slots(B, T, BA, cu_seqlens):
+        launch_gate_gradient((g, dg, w, y, z, s_ds, cu_seqlens), BA, BT, dtype, state)
     return dg

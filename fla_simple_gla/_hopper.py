@@ -32,6 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, RESET
+from ._launch import Launch
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -780,15 +781,15 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None) -
 
 def takes(*tensors: torch.Tensor | None) -> bool:
     """Whether the sweeps, these and those of `_hopper_wide.py`, can read these tensors of one dtype in place, and are made for them."""
-    for x in tensors:
-        if x is None:
-            continue
-        # what the sweeps write is contiguous: its rows, too, must be aligned to 16 bytes
-        if x.dtype.itemsize != 2 or x.shape[-1] > 256 or x.shape[-1] % 8 or x.numel() == 0 or x.data_ptr() % 16:
-            return False
-        if any(size > 1 and (stride <= 0 or stride % 8) for stride, size in zip(x.stride()[:3], x.shape)):
-            return False
-    return True
+    return all([x is None or takes_layout(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
+
+
+@functools.lru_cache(1024)
+def takes_layout(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], offset: int) -> bool:
+    # what the sweeps write is contiguous: its rows, too, must be aligned to 16 bytes
+    if dtype.itemsize != 2 or shape[-1] > 256 or shape[-1] % 8 or shape.numel() == 0 or offset:
+        return False
+    return all(size == 1 or stride > 0 and stride % 8 == 0 for stride, size in zip(strides[:3], shape))
 
 
 @functools.cache
@@ -806,35 +807,6 @@ def registers(states: int, products: int, others: int) -> dict[str, int]:
     return dict(STATE_REGISTERS=states, PRODUCT_REGISTERS=products, OTHER_REGISTERS=others)
 
 
-def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1):
-    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
-    also the rows `x . o [1, B, H, T]` of what of o comes from the carried state.
-
-    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
-    """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
-    D = 64 if max(K, V) <= 64 else 128
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    x_o = y = None
-    if x is not None:
-        x_o, y = (torch.empty(1, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
-    units = count_units(B, T, H, segment, cu_seqlens)
-    resident = 2 if D == 64 else 1
-    sweep_kernel[(min(units, resident * processors(q.device)),)](
-        *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
-        None if x is None else descriptor(x, D, cu_seqlens),
-        g, state_in, state_out, x_o, y, anchors, cu_seqlens,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
-        **SWEEP[D, x is not None], num_warps=4,
-    )
-    return o, x_o, y
-
-
 # By dim, and whether the sweep leaves what dg needs: buffers and registers. The registers of all warp groups are 64 K, or half of that
 # where two programs share a multiprocessor; with fewer for the states ptxas puts a wait behind every product (C7512).
 SWEEP = {
@@ -850,9 +822,69 @@ REVERSE = {
 }
 
 
+@Launch
+def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, scale, segment, BA):
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    D = 64 if max(K, V) <= 64 else 128
+    units = count_units(B, T, H, segment, cu_seqlens)
+    resident = 2 if D == 64 else 1
+    args = (
+        *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
+        None if x is None else descriptor(x, D, cu_seqlens),
+        g, state_in, state_out, x_o, y, anchors, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
+        *((0, 0, 0) if g is None else g.stride()),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+    )
+    constants = dict(
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
+        **SWEEP[D, x is not None], num_warps=4,
+    )
+    return sweep_kernel, (min(units, resident * processors(q.device)), 1, 1), args, constants
+
+
+def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1):
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
+    what dg needs: the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A over i, and
+    those over j, `y [1, B, H, T]`, negative.
+
+    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
+    """
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    x_o = y = None
+    if x is not None:
+        x_o, y = (torch.empty(1, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens), scale, segment, BA)
+    return o, x_o, y
+
+
+@Launch
+def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens, scale, segment, BA):
+    B, T, HK, K = k.shape
+    H, V = v.shape[2:]
+    D = 64 if max(K, V) <= 64 else 128
+    units = count_units(B, T, H, segment, cu_seqlens)
+    args = (
+        *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
+        g, state_in, state_out, z, anchors, s_ds, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
+        *((0, 0, 0) if g is None else g.stride()),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+    )
+    constants = dict(
+        H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None, **REVERSE[D], num_warps=4,
+    )
+    return reverse_kernel, (min(units, processors(q.device)), 1, 1), args, constants
+
+
 def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, anchors=None, BA=1):
-    """One sweep back in time over each sequence, or over each of its segments: dk and dv; and, if there are anchors, what dg needs: `y
-    [2, B, H, T]`, `z [1, B, H, T]` and `<anchor, state> [V / 64, blocks + N, H]`.
+    """One sweep back in time over each sequence, or over each of its segments: dk and dv; and, if there are anchors, what dg needs:
+    `z [1, B, H, T]` and `<anchor, state> [V / 64, blocks + N, H]`.
     """
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
@@ -863,14 +895,5 @@ def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=N
     if anchors is not None:
         z = torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
         s_ds = torch.empty(D // 64, anchors.shape[0], H, dtype=torch.float32, device=q.device)
-    units = count_units(B, T, H, segment, cu_seqlens)
-    reverse_kernel[(min(units, processors(q.device)),)](
-        *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
-        g, state_in, state_out, z, anchors, s_ds, cu_seqlens,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-        H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None,
-        **REVERSE[D], num_warps=4,
-    )
+    launch_reverse((q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens), scale, segment, BA)
     return dk, dv, z, s_ds

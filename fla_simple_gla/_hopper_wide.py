@@ -47,6 +47,7 @@ from ._hopper import (
     tma_store,
     unit_bounds,
 )
+from ._launch import Launch
 
 __all__ = ['CHUNK', 'sweep']
 
@@ -432,6 +433,32 @@ REGISTERS = {
 }
 
 
+@Launch
+def launch_sweep(q, k, v, o, x, a, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    halves = count_halves(V)
+    units = count_units(B, T, H, segment, cu_seqlens)
+    args = (
+        *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
+        None if x is None else descriptor(x, BV.value, cu_seqlens), None if a is None else descriptor(a, BS.value, None),
+        g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens,
+        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
+        *((0, 0, 0) if g is None else g.stride()),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+    )
+    constants = dict(
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None, PAIRS=y is not None,
+        **REGISTERS[y is not None], maxnreg=128, num_warps=4,
+    )
+    return wide_sweep_kernel, (min(units, max(processors(q.device) // halves, 1)), halves, 1), args, constants
+
+
+def count_halves(V: int) -> int:
+    return 1 if V <= BV.value else 2
+
+
 def sweep(
     q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
@@ -445,28 +472,15 @@ def sweep(
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    halves = 1 if V <= BV.value else 2
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    pairs = x is not None and not reverse
-    x_o = y = s_ds = desc_a = None
+    x_o = y = s_ds = a = None
     if x is not None:
-        x_o = torch.empty(halves, B, H, T, dtype=torch.float32, device=q.device)
-    if pairs:
-        y = torch.empty_like(x_o)
-        # as a tensor whose tokens are the rows of K: a tile is a piece of the state
-        desc_a = descriptor(anchors.transpose(1, 2), BS.value, None)
-    elif x is not None:
-        s_ds = torch.empty(2 * halves, anchors.shape[0], H, dtype=torch.float32, device=q.device)
-    units = count_units(B, T, H, segment, cu_seqlens)
-    wide_sweep_kernel[(min(units, max(processors(q.device) // halves, 1)), halves)](
-        *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
-        None if x is None else descriptor(x, BV.value, cu_seqlens), desc_a,
-        g, state_in, state_out, x_o, y, anchors if s_ds is not None else None, s_ds, cu_seqlens,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA,
-        SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None, PAIRS=pairs,
-        **REGISTERS[pairs], maxnreg=128, num_warps=4,
-    )
+        x_o = torch.empty(count_halves(V), B, H, T, dtype=torch.float32, device=q.device)
+        if reverse:
+            s_ds = torch.empty(2 * count_halves(V), anchors.shape[0], H, dtype=torch.float32, device=q.device)
+        else:
+            y = torch.empty_like(x_o)
+            # as a tensor whose tokens are the rows of K: a tile is a piece of the state
+            a, anchors = anchors.transpose(1, 2), None
+    launch_sweep((q, k, v, o, x, a, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
     return o, x_o, y, s_ds

@@ -26,6 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._launch import Launch
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -162,6 +163,31 @@ def combine_kernel(
         b_s = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
 
 
+@Launch
+def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse, tma, precision):
+    B, T, HK, K = k.shape
+    H, V = v.shape[2:]
+    BT = sweep_config(K, V, k.dtype, k.device).BT if c is None else c.shape[-1]
+    BV, warps, stages = summary_config(K, V, k.dtype, k.device)
+    args = (
+        k, v, c, states, decays, cu_seqlens,
+        scale, count_sequences(B, cu_seqlens), T, segment,
+        *k.stride()[:3], *v.stride()[:3], 0 if c is None else c[0].numel(),
+    )
+    constants = dict(
+        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+    )
+    return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
+
+
+@Launch
+def launch_combine(state, states, decays, cu_seqlens, N, T, segment, reverse):
+    _, H, K, V = states.shape
+    args = state, states, decays, cu_seqlens, N, T, segment, *((0,) * 4 if state is None else state.stride())
+    return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, REVERSE=reverse, num_warps=4)
+
+
 def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False):
     """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
     for k and v, the gradient of the state behind each segment, from that behind each sequence.
@@ -172,22 +198,8 @@ def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, rever
     slots = count_slots(B, T, segment, cu_seqlens)
     states = torch.empty(slots, H, K, V, dtype=torch.float32, device=k.device)
     decays = None if c is None else torch.empty(slots, H, dtype=torch.float32, device=k.device)
-    BT = sweep_config(K, V, k.dtype, k.device).BT if c is None else c.shape[-1]
-    BV, warps, stages = summary_config(K, V, k.dtype, k.device)
-    summary_kernel[(slots * H * triton.cdiv(V, BV),)](
-        k, v, c, states, decays, cu_seqlens,
-        scale, N, T, segment,
-        *k.stride()[:3], *v.stride()[:3], 0 if c is None else c[0].numel(),
-        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(k, v), PRECISION=precision, STAGES=stages,
-        num_warps=warps,
-    )
-    combine_kernel[(N * H * triton.cdiv(K * V, 1024),)](
-        state, states, decays, cu_seqlens,
-        N, T, segment,
-        *((0,) * 4 if state is None else state.stride()),
-        H=H, K=K, V=V, BS=1024, REVERSE=reverse, num_warps=4,
-    )
+    launch_summary((k, v, c, states, decays, cu_seqlens), scale, segment, reverse, use_descriptors(k, v), precision)
+    launch_combine((state, states, decays, cu_seqlens), N, T, segment, reverse)
     return states
 
 
@@ -215,8 +227,8 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of the
-# sweeps of `_hopper.py` one program has it for itself, and all columns of V.
+# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of those
+# for Hopper one program has it for itself, and 128 columns of V.
 RESIDENT = 2
 SHARING = 0.3
 # Of a summary beside a sweep over the same chunks, in both directions together; of the launches for it, in chunks; of a segment in
@@ -244,7 +256,7 @@ def segment_tokens(
     if sequences is not None and sequences * V * 8 > T:
         return None
     BT, BV, *_ = sweep_config(K, V, dtype, device)
-    programs = rows * H if specialized else rows * H * triton.cdiv(V, BV)
+    programs = rows * H * triton.cdiv(V, 128 if specialized else BV)
     processors = multiprocessors(device)
     at_once = processors if specialized else processors * RESIDENT
 
@@ -282,7 +294,7 @@ class Chunk(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
         ctx.scale, ctx.precision, ctx.segment = scale, precision, segment
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, segment)
+        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, hopper, segment)
 
     @staticmethod
     @once_differentiable

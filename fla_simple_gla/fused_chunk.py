@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
+from ._launch import Launch
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -253,6 +254,7 @@ OTHERS = {
 }
 
 
+@functools.cache
 def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration of a sweep with a state `[K, V]`.
 
@@ -271,6 +273,30 @@ def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seq
     return chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
 
 
+@Launch
+def launch_sweep(
+    q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, scale, slots, segment, BA, reverse, tma, precision,
+):
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
+    args = (
+        q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens,
+        scale, count_sequences(B, cu_seqlens), T, segment or 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
+    )
+    constants = dict(
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
+        BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=BA,
+        REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
+        TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+    )
+    return sweep_kernel, (slots * H * triton.cdiv(V, BV), 1, 1), args, constants
+
+
 def sweep(
     q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
@@ -285,10 +311,9 @@ def sweep(
     H = max(HQ, HV)
     N = count_sequences(B, cu_seqlens)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
-    NV = triton.cdiv(V, BV)
     x_o = x_inter = s_ds = None
     if x is not None:
+        NV = triton.cdiv(V, sweep_config(K, V, q.dtype, q.device).BV)
         x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
         if reverse:
             x_inter = torch.empty_like(x_o)
@@ -296,18 +321,9 @@ def sweep(
     # with packed sequences one more, the tokens behind them, which gets zeros
     slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
     if slots:
-        sweep_kernel[(slots * H * NV,)](
-            q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens,
-            scale, N, T, segment or 0,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
-            *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-            B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
-            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
-            BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=BA,
-            REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
-            TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages,
-            num_warps=warps,
-        )
+        tma = use_descriptors(q, k, v, o, x)
+        tensors = q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens
+        launch_sweep(tensors, scale, slots, segment, BA, reverse, tma, precision)
     return (o, x_inter, x_o, s_ds) if reverse else (o, x_o, None, None)
 
 
@@ -340,16 +356,16 @@ def hopper_for(*tensors: torch.Tensor):
     return _hopper_wide
 
 
-def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, segment=None):
+def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, hopper, segment=None):
     """`o`, and the final state or None, from the states that the sequences or their segments start with.
 
-    c are the sums of the gates; the sweeps for Hopper do without.
+    c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
     """
     final_state = None
     if output_final_state:
         N = count_sequences(q.shape[0], cu_seqlens)
         final_state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    if hopper := hopper_for(q, k, v):
+    if hopper:
         o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
     else:
         o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
@@ -366,6 +382,9 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     hopper = hopper_for(q, k, v, do)
     # the others make dk and dv one after the other, and have the memory of dv for more anchors
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
+    # a dg that the wide ones left was not the same in every run
+    if need_g and not one_reverse_sweep:
+        hopper = None
     BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None
     dq = dk = dv = dg = dh0 = y = None
@@ -407,11 +426,12 @@ class FusedChunk(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        c = None if hopper_for(q, k, v) else sweep_gates(q, v, g, cu_seqlens)
+        hopper = hopper_for(q, k, v)
+        c = None if hopper else sweep_gates(q, v, g, cu_seqlens)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.precision = scale, precision
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, initial_state, output_final_state)
+        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, initial_state, output_final_state, hopper)
 
     @staticmethod
     @once_differentiable

@@ -24,6 +24,7 @@ from harness import (
 )
 
 from fla_simple_gla import (
+    _launch,
     chunk_simple_gla,
     fused_recurrent_simple_gla,
     naive_chunk_simple_gla,
@@ -153,6 +154,23 @@ def test_same_bits_every_time(mode, dtype, dim):
     first = run(MODES[mode], case, inputs)
     for _ in range(20 if GPU else 1):
         assert_same_bits(run(MODES[mode], case, inputs), first)
+
+
+@pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
+@pytest.mark.parametrize('mode', MODES)
+def test_known_launches(mode, monkeypatch):
+    """The bits of launches whose kernel is found by the layouts are those of launches that triton sees in full, whatever came before."""
+    layouts = [dict(layout=layout) for layout in ('contiguous', 'wide', 'odd', 'heads_first')]
+    others = [dict(T=1), dict(H=1), dict(gate=None), dict(scale=1.0), dict(cu_seqlens=(0, 130, 250)), dict(dtype=torch.float32)]
+    cases = [Case(**dict(T=300, K=64, V=64, dtype=HALF) | change).of(mode) for change in layouts + others]
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch, 'DIRECT', False)
+        expected = [run(MODES[mode], case) for case in cases]
+    kept = []
+    for _ in range(3):
+        for case, results in zip(cases, expected):
+            kept.append(make_inputs(case))  # no address comes twice
+            assert_same_bits(run(MODES[mode], case, kept[-1]), results)
 
 
 @pytest.mark.parametrize('mode', MODES)
