@@ -252,9 +252,8 @@ def first_call(name: str) -> str:
         environment = os.environ | {'TRITON_CACHE_DIR': cache, 'PYTHONPATH': paths}
         child = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
     # the last line: the libraries may print before it, and a traceback ends with its error
-    if child.returncode == 0:
-        return child.stdout.strip().splitlines()[-1]
-    return f'failed: {child.stderr.strip().splitlines()[-1:]}'[:110]
+    lines = (child.stdout if child.returncode == 0 else child.stderr or 'no message').strip().splitlines()
+    return lines[-1] if child.returncode == 0 else f'failed: {lines[-1][:100]}'
 
 
 def parse(arguments=None) -> argparse.Namespace:

@@ -15,13 +15,13 @@ import dataclasses
 import multiprocessing
 import os
 
+import run
 import torch
-from run import BOTH_PASSES, FORWARD_PASSES, calls, copy_bandwidth, host_time, inputs, label, median, pass_bytes, print_machine, require_gpu, short
 
 from fla_simple_gla import chunk_simple_gla
 
 CLIFF = 1.5
-PASSES = {'forward': FORWARD_PASSES, 'forward + backward': BOTH_PASSES}
+PASSES = {'forward': run.FORWARD_PASSES, 'forward + backward': run.BOTH_PASSES}
 
 
 def lengths(D) -> list[tuple[int, ...]]:
@@ -50,7 +50,7 @@ class Point:
 
     @property
     def ns_per_kib(self) -> float:
-        return self.ms * 1e6 / (self.passes * pass_bytes(self.shape) / 2**10)
+        return self.ms * 1e6 / (self.passes * run.pass_bytes(self.shape) / 2**10)
 
     @property
     def is_host_bound(self) -> bool:
@@ -66,8 +66,8 @@ def ratios(points) -> list[float]:
 def compile_for(shape) -> None:
     """Run a forward and backward, so that its kernels are in triton's cache."""
     B, T, H, D = shape
-    leaves, do = inputs(B, T, H, D)
-    calls(chunk_simple_gla, leaves, do)[1]()
+    leaves, do = run.inputs(B, T, H, D)
+    run.calls(chunk_simple_gla, leaves, do)[1]()
     torch.cuda.synchronize()
 
 
@@ -84,11 +84,11 @@ def measure(shapes) -> dict[str, list[Point]]:
     points = {name: [] for name in PASSES}
     for shape in shapes:
         try:
-            leaves, do = inputs(*shape)
-            for (name, passes), call in zip(PASSES.items(), calls(chunk_simple_gla, leaves, do)):
-                points[name].append(Point(shape, median(call, warmup=5, rep=20), host_time(call, repeats=10), passes))
+            leaves, do = run.inputs(*shape)
+            for (name, passes), call in zip(PASSES.items(), run.calls(chunk_simple_gla, leaves, do)):
+                points[name].append(Point(shape, run.median(call, warmup=5, rep=20), run.host_time(call, repeats=10), passes))
         except Exception as error:
-            print(f'{label(shape)} failed: {short(error)}', flush=True)
+            print(f'{run.label(shape)} failed: {run.short(error)}', flush=True)
     return points
 
 
@@ -96,7 +96,7 @@ def table(points) -> str:
     lines = [f'{"shape":22}  {"ms":>8}  {"host ms":>8}  {"ns/KiB":>7}  {"ratio":>5}']
     for point, ratio in zip(points, ratios(points)):
         flag = '' if ratio <= CLIFF else f'  <- above {CLIFF}' + (', bound by the host' if point.is_host_bound else '')
-        lines.append(f'{label(point.shape):22}  {point.ms:8.3f}  {point.host:8.3f}  {point.ns_per_kib:7.3f}  {ratio:5.2f}{flag}')
+        lines.append(f'{run.label(point.shape):22}  {point.ms:8.3f}  {point.host:8.3f}  {point.ns_per_kib:7.3f}  {ratio:5.2f}{flag}')
     return '\n'.join(lines)
 
 
@@ -136,10 +136,10 @@ def parse(arguments=None) -> argparse.Namespace:
 
 def main(arguments=None) -> None:
     options = parse(arguments)
-    require_gpu()
-    bandwidth = copy_bandwidth()
+    run.require_gpu()
+    bandwidth = run.copy_bandwidth()
     floor = 2**10 / bandwidth * 1e9
-    print_machine(bandwidth)
+    run.print_machine(bandwidth)
     print(f'floor {floor:.3f} ns/KiB', flush=True)
     compile_all([shape for shapes, _ in SWEEPS.values() for shape in shapes])
     results = {}
