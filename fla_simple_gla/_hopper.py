@@ -284,10 +284,14 @@ def state(
             if X:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    a_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, operand_o))
-                    a_k = gl.arange(0, BK, gl.SliceLayout(0, operand_o))
-                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
-                    gl.store(p_a + a_k[None, :] * V + a_v[:, None], b_h, mask=(a_v < V)[:, None] & (a_k < K)[None, :])
+                    # the reverse sweep holds the state the other way round
+                    b_a = gl.inline_asm_elementwise(
+                        'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;', '=r,r', [b_h], dtype=b_h.dtype, is_pure=False, pack=2,
+                    )
+                    t, x = fragment_indices(BK // 2)
+                    tile_16 = x // 8 * (BK // 16) + W * (BS // 16) + t // 32
+                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)
+                    gl.store(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8), to_fragments(b_a))
             mbarrier.wait(full.index(i), phase)
             # a wait on what is done: without it ptxas puts one of its own before the product with the decay (C7517)
             b_s = warpgroup_mma_wait(0, (b_s,))
@@ -306,10 +310,11 @@ def state(
                 mbarrier.wait(x_full.index(i_x), x_phase)
                 b_x = gl.convert_layout(xs.index(i_x).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o), layout_o)
                 b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
-                mbarrier.arrive(x_empty.index(i_x), count=1)
                 mbarrier.wait(s_empty.index(i_s), s_phase)
                 partial.index(i_s * PARTS + W).store(b_x)
                 mbarrier.arrive(s_full.index(i_s), count=1)
+                # not before the sums are written: see `row_sums`
+                mbarrier.arrive(x_empty.index(i_x), count=1)
                 i_s, s_phase = advance(i_s, s_phase, s_full.shape[0])
                 i_x, x_phase = advance(i_x, x_phase, xs.shape[0])
             mbarrier.wait(p_full.index(i_p), p_phase)
@@ -354,8 +359,10 @@ def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.cons
             b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
             for j in gl.static_range(ROWS * PARTS):
                 b_x += gl.sum(partial.index(i * PARTS + j // ROWS).slice(j % ROWS * 8, 8, dim=0).load(layout), 0)
-            mbarrier.arrive(empty.index(i), count=1)
+            # The buffer is given back behind something that needs what was read. An arrival does not wait for loads: with one behind the
+            # last of them the sums were, now and then, those of the tile that TMA had put there meanwhile (triton 3.6 on H200).
             gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
+            mbarrier.arrive(empty.index(i), count=1)
             i, phase = advance(i, phase, full.shape[0])
 
 
@@ -368,11 +375,38 @@ def anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA: gl.const
 
 
 @gluon.jit
+def fragment_indices(n: gl.constexpr):
+    """Thread and number of `[128, n]`, a thread to a row."""
+    layout: gl.constexpr = gl.BlockedLayout([1, n], [32, 1], [4, 1], [1, 0])
+    return gl.arange(0, 128, gl.SliceLayout(1, layout))[:, None], gl.arange(0, n, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def to_fragments(x):
+    """x [64, N], in the layout of a product, as `[128, N // 2]`: each thread's numbers, eight of a tile of 16 x 16 after the other. In
+    these the order is which 8 columns, which 8 rows, number.
+    """
+    n: gl.constexpr = x.shape[1] // 2
+    # warp, which 8 rows, row; which 16 columns, which 8, pair, number
+    x = x.reshape([4, 2, 8, n // 8, 2, 4, 2]).permute((0, 2, 5, 3, 4, 1, 6)).reshape([128, n])
+    return gl.convert_layout(x, gl.BlockedLayout([1, n], [32, 1], [4, 1], [1, 0]), assert_trivial=True)
+
+
+@gluon.jit
+def from_fragments(x, layout: gl.constexpr):
+    """The other way round, of eights in the order which 8 rows, which 8 columns, number: so that a transposed x is read."""
+    n: gl.constexpr = x.shape[1]
+    x = x.reshape([4, 8, 4, n // 8, 2, 2, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([64, 2 * n])
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
 def prefetch(p, size: gl.constexpr):
-    """Bring `size` bytes from each of these addresses to the L2 cache."""
+    """Bring `size` bytes from p on, in 32 pieces, to the L2 cache."""
+    p = p.to(gl.int64, bitcast=True) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (size // 32)
     gl.inline_asm_elementwise(
         'cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;', '=r,l,r',
-        [p.to(gl.int64, bitcast=True), gl.full(p.shape, size, gl.int32, p.type.layout)], dtype=gl.int32, is_pure=False, pack=1,
+        [p, gl.full(p.shape, size // 32, gl.int32, p.type.layout)], dtype=gl.int32, is_pure=False, pack=1,
     )
 
 
@@ -396,11 +430,11 @@ def reverse_load(
             i_t = i_c * C
             mbarrier.wait(empty.index(i), phase)
             bar = full.index(i)
-            if DG and K * V % 256 == 0:
+            if DG:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    part = (i_a.to(gl.int64) * H + i_h) * (K * V) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (K * V // 32)
-                    prefetch(anchors + part, K * V // 16)
+                    SIZE: gl.constexpr = qs.shape[2] * vs.shape[2]
+                    prefetch(anchors + (i_a.to(gl.int64) * H + i_h) * SIZE, 2 * SIZE)
             mbarrier.expect(bar, C * (2 * qs.shape[2] + 2 * vs.shape[2]) * 2)
             tma_load(desc_k, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, ks.index(i))
             tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GK, first, end, i_t, 0), bar, qs.index(i))
@@ -454,9 +488,9 @@ def keys(work, scale, desc_dk, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS
             decay_k = to_end.index(i).load(gl.SliceLayout(1, layout_k))
             b_k = warpgroup_mma_wait(0, (b_k,))
             mbarrier.arrive(s_empty.index(0), count=1)
-            mbarrier.arrive(g_empty.index(i), count=1)
             b_k = b_k * decay_k[:, None]
             b_k = warpgroup_mma(b_d, qs.index(i), b_k, is_async=True)
+            mbarrier.arrive(g_empty.index(i), count=1)
             tma.store_wait(0)
             b_k = warpgroup_mma_wait(0, (b_k,))
             mbarrier.arrive(empty.index(i), count=1)
@@ -513,8 +547,10 @@ def values(
             if DG:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
-                    b_a = gl.load(p_a + o_v[:, None] * K + o_k[None, :], mask=m_s, other=0.0)
+                    t, x = fragment_indices(BK // 2)
+                    tile_16 = (W * (BS // 16) + t // 32) * (BK // 16) + x // 8
+                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)
+                    b_a = from_fragments(gl.load(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8)), layout_s)
                     gl.store(s_ds + (W * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a.to(gl.float32) * b_s, 1), 0))
             mbarrier.wait(s_empty.index(0), s_phase)
             published.slice(W * BS, BS, dim=0).store(b_s.to(dtype))
@@ -803,6 +839,10 @@ def count_units(B, T, H, segment, cu_seqlens):
     return slots * H
 
 
+def padded(K: int, V: int) -> int:
+    return 64 if max(K, V) <= 64 else 128
+
+
 def registers(states: int, products: int, others: int) -> dict[str, int]:
     return dict(STATE_REGISTERS=states, PRODUCT_REGISTERS=products, OTHER_REGISTERS=others)
 
@@ -827,7 +867,7 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seql
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    D = 64 if max(K, V) <= 64 else 128
+    D = padded(K, V)
     units = count_units(B, T, H, segment, cu_seqlens)
     resident = 2 if D == 64 else 1
     args = (
@@ -863,11 +903,16 @@ def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_o
     return o, x_o, y
 
 
+def anchor_size(K: int, V: int) -> int:
+    """Numbers of an anchor of a state `[K, V]`."""
+    return padded(K, V) ** 2
+
+
 @Launch
 def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens, scale, segment, BA):
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
-    D = 64 if max(K, V) <= 64 else 128
+    D = padded(K, V)
     units = count_units(B, T, H, segment, cu_seqlens)
     args = (
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
@@ -888,7 +933,7 @@ def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=N
     """
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
-    D = 64 if max(K, V) <= 64 else 128
+    D = padded(K, V)
     dk = torch.empty(B, T, H, K, dtype=q.dtype, device=q.device)
     dv = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     z = s_ds = None

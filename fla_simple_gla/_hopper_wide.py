@@ -37,6 +37,7 @@ from ._hopper import (
     clear,
     count_units,
     descriptor,
+    fragment_indices,
     gates,
     here,
     prefetch,
@@ -45,11 +46,12 @@ from ._hopper import (
     tile,
     tma_load,
     tma_store,
+    to_fragments,
     unit_bounds,
 )
 from ._launch import Launch
 
-__all__ = ['CHUNK', 'sweep']
+__all__ = ['CHUNK', 'anchor_size', 'sweep']
 
 BK = gl.constexpr(256)  # K, padded
 BV = gl.constexpr(128)  # columns of V to a program
@@ -80,7 +82,7 @@ def load(
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
     cu_seqlens, units, N, T, segment = work
-    desc_a, anchors, s_ds, blocks = anchor
+    anchors, s_ds, blocks = anchor
     desc_q, desc_k, desc_v, desc_x = descs
     qs, ks, vs, xs = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -94,11 +96,10 @@ def load(
         for n in range(NT):
             i_t = chunk_start(n, NT, REVERSE)
             mbarrier.wait(q_empty.index(i), phase)
-            if X and REVERSE and K * V % 256 == 0:
+            if X and REVERSE:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    part = (i_a.to(gl.int64) * H + i_h) * (K * V) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (K * V // 32)
-                    prefetch(anchors + part, K * V // 16)
+                    prefetch(anchors + half_anchor(i_a, i_h, H), 2 * BK * BV)
             mbarrier.expect(q_full.index(i), C * BK * 2)
             tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GQ, first, end, i_t, 0), q_full.index(i), qs.index(i))
             mbarrier.wait(k_empty.index(i), phase)
@@ -199,14 +200,25 @@ def store_piece(p_s, strides, o_v, o_k, b_s, K, V):
 
 
 @gluon.jit
-def leave_anchor(desc, at, buf, b_s):
-    """The columns b_s of a state, transposed, to an anchor, by way of the buffer of o."""
-    tma.store_wait(0)
+def half_anchor(i_a, i_h, H: gl.constexpr):
+    """Where the anchor of these columns of V begins. Its numbers are in the order of the threads: the same ones leave and read it."""
+    return ((i_a.to(gl.int64) * H + i_h) * gl.num_programs(1) + gl.program_id(1)) * (BK * BV)
+
+
+@gluon.jit
+def leave_anchor(p, b_s):
     # the compiler must not see that the same is converted for the next product, and keep it for that
     b_s = gl.inline_asm_elementwise('mov.b32 $0, $1;', '=f,f', [b_s], dtype=gl.float32, is_pure=False, pack=1)
-    buf.permute((1, 0)).store(b_s.to(buf.dtype))
-    fence_async_shared()
-    tma_store(desc, at, buf)
+    b_s = to_fragments(b_s.to(p.dtype.element_ty))
+    t, x = fragment_indices(b_s.shape[1])
+    gl.store(p + ((x // 8 * 128 + t) * 8 + x % 8), b_s)
+
+
+@gluon.jit
+def times_anchor(p, b_s):
+    t, x = fragment_indices(PIECE // 2)
+    b_a = gl.load(p + ((x // 8 * 128 + t) * 8 + x % 8)).to(gl.float32)
+    return b_a * to_fragments(b_s)
 
 
 @gluon.jit
@@ -217,7 +229,7 @@ def state(
 ):
     cu_seqlens, units, N, T, segment = work
     state_in, state_out, si, so = states
-    desc_a, anchors, s_ds, blocks = anchor
+    anchors, s_ds, blocks = anchor
     qs, ks, vs, ps, os = tiles
     sums, from_start, to_end, decays = gate_bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, p_full, p_empty, g_full = bars
@@ -254,20 +266,19 @@ def state(
             if X:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
+                    p_a = anchors + half_anchor(i_a, i_h, H) + W * (BK * BS)
                     if REVERSE:
-                        p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (K * V)
-                        sa: gl.constexpr = (0, 0, V, 1)
-                        b_a = load_piece(p_a, sa, o_v, o_k, K, V) * s0
-                        b_a += load_piece(p_a, sa, o_v, o_k + PIECE, K, V) * s1
-                        b_a += load_piece(p_a, sa, o_v, o_k + 2 * PIECE, K, V) * s2
-                        b_a += load_piece(p_a, sa, o_v, o_k + 3 * PIECE, K, V) * s3
+                        b_a = times_anchor(p_a, s0)
+                        b_a += times_anchor(p_a + PIECE * BS, s1)
+                        b_a += times_anchor(p_a + 2 * PIECE * BS, s2)
+                        b_a += times_anchor(p_a + 3 * PIECE * BS, s3)
                         i_p = gl.program_id(1) * (BV // BS) + W
                         gl.store(s_ds + (i_p * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a, 1), 0))
                     else:
-                        leave_anchor(desc_a, [i_a, 0, i_h, 0, i_v], os.index(W), s0)
-                        leave_anchor(desc_a, [i_a, 0, i_h, PIECE, i_v], os.index(W), s1)
-                        leave_anchor(desc_a, [i_a, 0, i_h, 2 * PIECE, i_v], os.index(W), s2)
-                        leave_anchor(desc_a, [i_a, 0, i_h, 3 * PIECE, i_v], os.index(W), s3)
+                        leave_anchor(p_a, s0)
+                        leave_anchor(p_a + PIECE * BS, s1)
+                        leave_anchor(p_a + 2 * PIECE * BS, s2)
+                        leave_anchor(p_a + 3 * PIECE * BS, s3)
             mbarrier.wait(q_full.index(i), phase)
             b_q = qs.index(i)
             b_o = warpgroup_mma(
@@ -298,10 +309,11 @@ def state(
                 mbarrier.wait(x_full.index(0), i)
                 b_x = gl.convert_layout(xs.index(0).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand), layout)
                 b_x = fold(b_o * b_x.to(gl.float32))
-                mbarrier.arrive(x_empty.index(0), count=1)
                 mbarrier.wait(s_empty.index(0), i ^ 1)
                 partial.index(W).store(b_x)
                 mbarrier.arrive(s_full.index(0), count=1)
+                # not before the sums are written: see `row_sums`
+                mbarrier.arrive(x_empty.index(0), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_v = vs.index(i).slice(W * BS, BS, dim=1).permute((1, 0))
             b_d = (b_v.load(operand).to(gl.float32) * of_v.index(i).load(gl.SliceLayout(0, operand))[None, :]).to(dtype)
@@ -340,7 +352,7 @@ def state(
 
 @gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'part', 'blocks', 'scale'])
 def wide_sweep_kernel(
-    desc_q, desc_k, desc_v, desc_o, desc_x, desc_a,
+    desc_q, desc_k, desc_v, desc_o, desc_x,
     g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens,
     scale, units, N, T, segment, part, blocks,
     g_b, g_t, g_h,
@@ -395,7 +407,7 @@ def wide_sweep_kernel(
 
     work = (cu_seqlens, units, N, T, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
-    anchor = (desc_a, anchors, s_ds, blocks)
+    anchor = (anchors, s_ds, blocks)
     gate_bufs = (sums, from_start, to_end, decays)
     x_bufs = (xs, partial)
     x_bars = (x_full, x_empty, s_full, s_empty)
@@ -434,7 +446,7 @@ REGISTERS = {
 
 
 @Launch
-def launch_sweep(q, k, v, o, x, a, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
+def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
@@ -442,7 +454,7 @@ def launch_sweep(q, k, v, o, x, a, g, state_in, state_out, x_o, y, anchors, s_ds
     units = count_units(B, T, H, segment, cu_seqlens)
     args = (
         *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
-        None if x is None else descriptor(x, BV.value, cu_seqlens), None if a is None else descriptor(a, BS.value, None),
+        None if x is None else descriptor(x, BV.value, cu_seqlens),
         g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
         *((0, 0, 0) if g is None else g.stride()),
@@ -459,6 +471,11 @@ def count_halves(V: int) -> int:
     return 1 if V <= BV.value else 2
 
 
+def anchor_size(K: int, V: int) -> int:
+    """Numbers of an anchor of a state `[K, V]`; the sweeps that leave and read it hold the state as `[V, K]`."""
+    return BK.value * BV.value * count_halves(K)
+
+
 def sweep(
     q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
@@ -473,14 +490,12 @@ def sweep(
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    x_o = y = s_ds = a = None
+    x_o = y = s_ds = None
     if x is not None:
         x_o = torch.empty(count_halves(V), B, H, T, dtype=torch.float32, device=q.device)
         if reverse:
             s_ds = torch.empty(2 * count_halves(V), anchors.shape[0], H, dtype=torch.float32, device=q.device)
         else:
             y = torch.empty_like(x_o)
-            # as a tensor whose tokens are the rows of K: a tile is a piece of the state
-            a, anchors = anchors.transpose(1, 2), None
-    launch_sweep((q, k, v, o, x, a, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
     return o, x_o, y, s_ds

@@ -382,14 +382,12 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     hopper = hopper_for(q, k, v, do)
     # the others make dk and dv one after the other, and have the memory of dv for more anchors
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
-    # a dg that the wide ones left was not the same in every run
-    if need_g and not one_reverse_sweep:
-        hopper = None
     BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None
     dq = dk = dv = dg = dh0 = y = None
     if need_g:
-        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, V, K)
+        size = hopper.anchor_size(K, V) if hopper else K * V
+        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
     if need_h0:
         dh0 = torch.empty_like(initial_state)
 
