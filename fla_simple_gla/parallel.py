@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
+from ._launch import Launch
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -382,6 +383,26 @@ def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -
     return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
 
 
+@Launch
+def launch_attention(q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens, scale, reverse, tma, precision):
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
+    slots = count_slots(B, T, BT, cu_seqlens)
+    args = (
+        q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens,
+        scale, count_sequences(B, cu_seqlens), T,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
+        B * H * T, 0 if c is None else c[0].numel(), slots, triton.cdiv(T, BT),
+    )
+    constants = dict(
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
+        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+    )
+    return attention_kernel, (slots * H * triton.cdiv(V, BV), 1, 1), args, constants
+
+
 def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_attentions=False, reverse=False):
     """One walk: `o`; the attention map or None; with x also the rows `x . o [NV, B, H, T]` and, not in reverse, what of them
     comes from before each block `[NV, slots, H, NB]`.
@@ -389,8 +410,8 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
-    NV = triton.cdiv(V, BV)
+    config = attention_config(K, V, q.dtype, q.device)
+    BT, NV = config.BT, triton.cdiv(V, config.BV)
     slots, NB = count_slots(B, T, BT, cu_seqlens), triton.cdiv(T, BT)
     o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
     x_o = crossing = None
@@ -401,40 +422,39 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
             crossing = torch.zeros(NV, slots, H, NB, dtype=torch.float32, device=q.device)
     attention = torch.zeros(B, H, T, T, dtype=q.dtype, device=q.device) if output_attentions else None
     if o.numel():
-        attention_kernel[(slots * H * NV,)](
-            q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens,
-            scale, count_sequences(B, cu_seqlens), T,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
-            B * H * T, 0 if c is None else c[0].numel(), slots, NB,
-            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
-            REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
-            PRECISION=precision, STAGES=stages, num_warps=warps,
-        )
+        tensors = q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens
+        launch_attention(tensors, scale, reverse, use_descriptors(q, k, v, o, x), precision)
     return o, attention, x_o, crossing
+
+
+@Launch
+def launch_block_sums(c, sums, cu_seqlens, N, T):
+    _, slots, H, BT = c.shape
+    args = c, sums, cu_seqlens, N, T, c[0].numel(), slots
+    return block_sums_kernel, (N * H, 1, 1), args, dict(H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4)
 
 
 def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64."""
-    _, slots, H, BT = c.shape
-    sums = torch.empty(3, slots, H, dtype=torch.float64, device=c.device)
-    N = count_sequences(B, cu_seqlens)
+    sums = torch.empty(3, *c.shape[1:3], dtype=torch.float64, device=c.device)
     if sums.numel():
-        block_sums_kernel[(N * H,)](
-            c, sums, cu_seqlens, N, T, c[0].numel(), slots, H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4,
-        )
+        launch_block_sums((c, sums, cu_seqlens), count_sequences(B, cu_seqlens), T)
     return sums
+
+
+@Launch
+def launch_gate_gradient(g, dg, w, z, crossing, cu_seqlens, BT):
+    B, T, H = g.shape
+    NK, slots, _, NB = crossing.shape
+    args = g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB
+    return gate_gradient_kernel, (slots * H, 1, 1), args, dict(NK=NK, H=H, BT=BT, BI=32, num_warps=4)
 
 
 def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
     """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NK, slots, H, NB]`."""
-    B, T, H = g.shape
-    NK, slots, _, NB = crossing.shape
-    dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
+    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     if dg.numel():
-        gate_gradient_kernel[(slots * H,)](
-            g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB,
-            NK=NK, H=H, BT=BT, BI=32, num_warps=4,
-        )
+        launch_gate_gradient((g, dg, w, z, crossing, cu_seqlens), BT)
     return dg
 
 
