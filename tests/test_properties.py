@@ -32,7 +32,9 @@ from fla_simple_gla import (
     naive_recurrent_simple_gla,
     parallel_simple_gla,
 )
-from fla_simple_gla._layout import rows_in_place
+from fla_simple_gla._gates import anchor_tokens
+from fla_simple_gla._layout import is_hopper, rows_in_place
+from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
 from fla_simple_gla.parallel import attention_config
 
 INF = float('inf')
@@ -154,6 +156,61 @@ def test_same_bits_every_time(mode, dtype, dim):
     first = run(MODES[mode], case, inputs)
     for _ in range(20 if GPU else 1):
         assert_same_bits(run(MODES[mode], case, inputs), first)
+
+
+@pytest.fixture
+def hopper_switch(monkeypatch):
+    """Sets the environment variable of the sweeps for Hopper, or removes it."""
+
+    def switch(value):
+        if value is None:
+            monkeypatch.delenv('FLA_SIMPLE_GLA_HOPPER', raising=False)
+        else:
+            monkeypatch.setenv('FLA_SIMPLE_GLA_HOPPER', value)
+        hopper_sweeps.cache_clear()
+
+    yield switch
+    hopper_sweeps.cache_clear()
+
+
+@pytest.mark.skipif(not GPU or not is_hopper(torch.device('cuda')), reason='for Hopper GPUs')
+def test_what_the_sweeps_for_hopper_take(hopper_switch, monkeypatch):
+    def module_for(**change):
+        case = Case(**dict(T=200, K=64, V=64, dtype=HALF) | change)
+        inputs = make_inputs(case)
+        module = hopper_for(*tensors(inputs, 'q', 'k', 'v'))
+        return module and module.__name__.split('.')[-1]
+
+    hopper_switch(None)
+    assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'_hopper'}
+    if not hopper_for.__globals__['triton'].__version__.startswith('3.9'):
+        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'_hopper_wide'}
+    assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == '_hopper'
+    others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
+    assert [module_for(**change) for change in others] == [None] * len(others)
+
+    # chunk and fused_chunk take them, forward and backward
+    launched = []
+    _hopper = hopper_for(*tensors(make_inputs(Case(200, K=64, V=64, dtype=HALF)), 'q', 'k', 'v'))
+    for name in ('sweep', 'reverse_sweep'):
+        sweep = getattr(_hopper, name)
+        monkeypatch.setattr(_hopper, name, lambda *args, name=name, sweep=sweep, **kwargs: launched.append(name) or sweep(*args, **kwargs))
+    for mode in ('chunk', 'segments', 'fused_chunk'):
+        launched.clear()
+        run(MODES[mode], Case(200, K=64, V=64, dtype=HALF))
+        assert launched == ['sweep', 'sweep', 'reverse_sweep']
+
+    hopper_switch('0')
+    assert module_for() is None
+    launched.clear()
+    run(MODES['chunk'], Case(200, K=64, V=64, dtype=HALF))
+    assert not launched
+
+
+def test_anchors_fit_into_segments():
+    assert [anchor_tokens(None, at_most) for at_most in (384, 256)] == [384, 256]
+    assert [anchor_tokens(segment, 384) for segment in (128, 256, 384, 640, 768, 1024)] == [128, 256, 384, 128, 384, 256]
+    assert anchor_tokens(768, 256) == 256
 
 
 @pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
