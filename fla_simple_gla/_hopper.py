@@ -359,8 +359,9 @@ def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.cons
             b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
             for j in gl.static_range(ROWS * PARTS):
                 b_x += gl.sum(partial.index(i * PARTS + j // ROWS).slice(j % ROWS * 8, 8, dim=0).load(layout), 0)
-            # The buffer is given back behind something that needs what was read. An arrival does not wait for loads: with one behind the
-            # last of them the sums were, now and then, those of the tile that TMA had put there meanwhile (triton 3.6 on H200).
+            # A buffer is given back behind something that needs what was read of it. An arrival does not wait for the loads before it:
+            # where x was given back right behind them, its sums were now and then those of the next tile, which TMA had put there
+            # meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the barrier and the arrival).
             gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
             mbarrier.arrive(empty.index(i), count=1)
             i, phase = advance(i, phase, full.shape[0])
@@ -383,8 +384,8 @@ def fragment_indices(n: gl.constexpr):
 
 @gluon.jit
 def to_fragments(x):
-    """x [64, N], in the layout of a product, as `[128, N // 2]`: each thread's numbers, eight of a tile of 16 x 16 after the other. In
-    these the order is which 8 columns, which 8 rows, number.
+    """x [64, N], in the layout of a product, as `[128, N // 2]`: row t is what thread t holds of it, the 8 numbers of a tile of 16 x 16
+    side by side, those of its first 8 columns before the others, and of these those of its first 8 rows.
     """
     n: gl.constexpr = x.shape[1] // 2
     # warp, which 8 rows, row; which 16 columns, which 8, pair, number
@@ -394,7 +395,9 @@ def to_fragments(x):
 
 @gluon.jit
 def from_fragments(x, layout: gl.constexpr):
-    """The other way round, of eights in the order which 8 rows, which 8 columns, number: so that a transposed x is read."""
+    """Back to the layout of a product, from 8 numbers whose first 8 rows come first and of these the first 8 columns: what
+    `to_fragments` leaves of 8 x 8 tiles, each transposed, is read as the whole transposed.
+    """
     n: gl.constexpr = x.shape[1]
     x = x.reshape([4, 8, 4, n // 8, 2, 2, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([64, 2 * n])
     return gl.convert_layout(x, layout, assert_trivial=True)
@@ -412,8 +415,7 @@ def prefetch(p, size: gl.constexpr):
 
 @gluon.jit
 def reverse_load(
-    work, descs, tiles, bars, anchor,
-    H: gl.constexpr, GK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
+    work, descs, tiles, bars, anchor, H: gl.constexpr, GK: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
 ):
     cu_seqlens, units, N, T, segment = work
     anchors, s_ds, blocks = anchor
@@ -619,7 +621,7 @@ def sweep_kernel(
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, X: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr,
-    SUMS: gl.constexpr,    STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr, STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
@@ -770,7 +772,7 @@ def reverse_kernel(
                 (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 1, H, K, V, BA, SEGMENTS, DG)),
                 (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
                 (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
             ], [4, 4, 1, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
@@ -779,14 +781,14 @@ def reverse_kernel(
                 (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 1, H, K, V, BA, SEGMENTS, DG)),
                 (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+                (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
             ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     elif DG:
         gl.warp_specialize([
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
             (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
             (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
         ], [4, 1, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
@@ -794,7 +796,7 @@ def reverse_kernel(
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
             (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
-            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, K, V, BA, SEGMENTS, DG)),
+            (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
         ], [4, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 

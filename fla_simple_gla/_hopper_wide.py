@@ -78,7 +78,7 @@ def fold(x):
 @gluon.jit
 def load(
     work, descs, tiles, bars, x_bars, anchor,
-    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
+    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
     cu_seqlens, units, N, T, segment = work
@@ -424,7 +424,7 @@ def wide_sweep_kernel(
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
-            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, K, V, BA, SEGMENTS, REVERSE, X)),
+            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, BA, SEGMENTS, REVERSE, X)),
             (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, REVERSE)),
         ], [4, 4, 1, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
@@ -433,7 +433,7 @@ def wide_sweep_kernel(
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
-            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, K, V, BA, SEGMENTS, REVERSE, X)),
+            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, BA, SEGMENTS, REVERSE, X)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 

@@ -380,7 +380,8 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = hopper_for(q, k, v, do)
-    # the others make dk and dv one after the other, and have the memory of dv for more anchors
+    # The others make dk and dv one after the other, and have the memory of dv for more anchors. Wide states need them: with 384 tokens
+    # the error of dg was 7.6e-3 at K 256, V 160.
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
     BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None

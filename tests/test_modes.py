@@ -68,6 +68,19 @@ GPU_CASES = [
     Case(1000, K=128, V=128, dtype=bf16, gate_dtype=bf16, state_dtype=bf16), Case(3000, K=128, V=128, memory=1000),
 ]  # fmt: skip
 
+# the rows of the contract where the state is cut in two halves of V
+WIDE_CASES = [
+    Case(64, K=256, V=256, dtype=bf16, initial_state=False, output_final_state=False), Case(500, K=256, V=160, H=3, dtype=bf16),
+    Case(500, K=160, V=256, H=3, dtype=bf16), Case(500, K=256, V=64, dtype=bf16), Case(500, K=64, V=200, dtype=bf16),
+    Case(1000, K=256, V=256, B=2, H=4, HK=2, dtype=bf16), Case(300, K=256, V=256, H=3, HK=1, dtype=bf16),
+    Case(500, K=256, V=256, dtype=bf16, cu_seqlens=(0, 64, 65, 65, 300, 490)),
+    Case(1000, K=256, V=256, dtype=fp16, gate=None, cu_seqlens=(0, 0, 64, 65, 65, 700, 1000)),
+    Case(500, K=256, V=256, dtype=bf16, gate=None, state_v_first=True), Case(1000, K=256, V=256, dtype=bf16, layout='qkv', B=2),
+    Case(1000, K=256, V=256, dtype=bf16, resets=((0, -INF), (500, -1e30), (501, -INF), (640, -90.0), (999, -1e4)), memory=300),
+    # more heads than programs that run at once
+    Case(3000, K=256, V=256, H=80, dtype=bf16, memory=1000),
+]  # fmt: skip
+
 
 # in the interpreter `chunk` never cuts, and is `fused_chunk` again: there `segments` stands for it
 TABLE_MODES = [mode for mode in MODES if GPU or mode != 'chunk']
@@ -81,7 +94,8 @@ def with_mode(cases, *modes):
 @pytest.mark.parametrize(
     'mode, case',
     with_mode(CASES, *TABLE_MODES) + with_mode(CHUNKED_CASES, 'fused_chunk', 'parallel') + with_mode(SEGMENT_CASES, 'segments')
-    + with_mode(REVERSE_CASES, 'fused_recurrent') + (with_mode(GPU_CASES, *MODES) if GPU else []),
+    + with_mode(REVERSE_CASES, 'fused_recurrent')
+    + (with_mode(GPU_CASES, *MODES) + with_mode(WIDE_CASES, 'segments', 'fused_chunk') if GPU else []),
 )
 def test_against_naive(mode, case):
     inputs = make_inputs(case)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from fla_simple_gla import (
 )
 from fla_simple_gla._gates import anchor_tokens
 from fla_simple_gla._layout import is_hopper, rows_in_place
+from fla_simple_gla._triton import triton
 from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
 from fla_simple_gla.parallel import attention_config
 
@@ -183,28 +185,28 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch, monkeypatch):
 
     hopper_switch(None)
     assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'_hopper'}
-    if not hopper_for.__globals__['triton'].__version__.startswith('3.9'):
+    if not triton.__version__.startswith('3.9'):
         assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'_hopper_wide'}
     assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == '_hopper'
     others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
     assert [module_for(**change) for change in others] == [None] * len(others)
 
     # chunk and fused_chunk take them, forward and backward
-    launched = []
-    _hopper = hopper_for(*tensors(make_inputs(Case(200, K=64, V=64, dtype=HALF)), 'q', 'k', 'v'))
+    case = Case(200, K=64, V=64, dtype=HALF)
+    module = hopper_for(*tensors(make_inputs(case), 'q', 'k', 'v'))
+    calls = mock.Mock(**{f'{name}.side_effect': getattr(module, name) for name in ('sweep', 'reverse_sweep')})
     for name in ('sweep', 'reverse_sweep'):
-        sweep = getattr(_hopper, name)
-        monkeypatch.setattr(_hopper, name, lambda *args, name=name, sweep=sweep, **kwargs: launched.append(name) or sweep(*args, **kwargs))
+        monkeypatch.setattr(module, name, getattr(calls, name))
     for mode in ('chunk', 'segments', 'fused_chunk'):
-        launched.clear()
-        run(MODES[mode], Case(200, K=64, V=64, dtype=HALF))
-        assert launched == ['sweep', 'sweep', 'reverse_sweep']
+        calls.reset_mock()
+        run(MODES[mode], case)
+        assert [name for name, *_ in calls.mock_calls] == ['sweep', 'sweep', 'reverse_sweep']
 
     hopper_switch('0')
     assert module_for() is None
-    launched.clear()
-    run(MODES['chunk'], Case(200, K=64, V=64, dtype=HALF))
-    assert not launched
+    calls.reset_mock()
+    run(MODES['chunk'], case)
+    assert not calls.mock_calls
 
 
 def test_anchors_fit_into_segments():
