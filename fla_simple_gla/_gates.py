@@ -33,7 +33,7 @@ import math
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots
-from ._launch import Launch
+from ._launch import launcher
 from ._triton import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -89,7 +89,7 @@ def chunk_gates_kernel(
         tl.store(p_c, whole + fraction, mask=m_c)
 
 
-@Launch
+@launcher()
 def launch_chunk_gates(g, c, cu_seqlens):
     B, T, H = g.shape
     parts, slots, _, BT = c.shape
@@ -216,7 +216,7 @@ def gate_gradient_kernel(
         tl.store(dg + (i_b * T + (i_t + r).to(tl.int64)[:, None]) * H + o_h[None, :], b_dg, mask=mask)
 
 
-@Launch
+@launcher('dg', 'z')
 def launch_gate_gradient(g, dg, w, y, z, s_ds, cu_seqlens, BA, BT, dtype, state):
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)

@@ -32,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, RESET
-from ._launch import Launch
+from ._launch import launcher
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -801,12 +801,12 @@ def reverse_kernel(
 
 
 @functools.cache
-def tile_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, CHUNK, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16)
+def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16)
 
 
-def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None) -> TensorDescriptor:
-    """Of tiles `[1, 1, 1, C, columns]` of `x [B, T, H, D]`, at coordinates as `tile` makes them."""
+def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, rows: int = CHUNK) -> TensorDescriptor:
+    """Of tiles `[1, 1, 1, rows, columns]` of `x [B, T, H, D]`, at coordinates as `tile` makes them."""
     B, T, H, D = x.shape
     # a dimension of one may have any stride
     b, t, h = (stride if size > 1 else 64 for stride, size in zip(x.stride(), (B, T, H)))
@@ -814,7 +814,7 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None) -
         shape, strides = [B, 1, H, T, D], [b, t, h, t, 1]
     else:
         shape, strides = [2**31 - 1, 2**31 - 1, H, FAR.value, D], [FAR_AWAY - t, t, h, t, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, 1, CHUNK, columns], tile_layout(columns, x.dtype))
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
@@ -864,7 +864,7 @@ REVERSE = {
 }
 
 
-@Launch
+@launcher('o', 'state_out', 'x_o', 'y', 'anchors')
 def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, scale, segment, BA):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -910,7 +910,7 @@ def anchor_size(K: int, V: int) -> int:
     return padded(K, V) ** 2
 
 
-@Launch
+@launcher('dk', 'dv', 'z', 'anchors', 's_ds')
 def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens, scale, segment, BA):
     B, T, HK, K = k.shape
     H, V = v.shape[2:]

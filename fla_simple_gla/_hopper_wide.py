@@ -49,7 +49,7 @@ from ._hopper import (
     to_fragments,
     unit_bounds,
 )
-from ._launch import Launch
+from ._launch import launcher
 
 __all__ = ['CHUNK', 'anchor_size', 'sweep']
 
@@ -445,7 +445,7 @@ REGISTERS = {
 }
 
 
-@Launch
+@launcher('o', 'x_o', 'y', 'anchors', 's_ds')
 def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]

@@ -26,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
-from ._launch import Launch
+from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -163,7 +163,7 @@ def combine_kernel(
         b_s = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
 
 
-@Launch
+@launcher('c', 'states', 'decays')
 def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse, tma, precision):
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
@@ -181,7 +181,7 @@ def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse,
     return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
-@Launch
+@launcher('decays')
 def launch_combine(state, states, decays, cu_seqlens, N, T, segment, reverse):
     _, H, K, V = states.shape
     args = state, states, decays, cu_seqlens, N, T, segment, *((0,) * 4 if state is None else state.stride())

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
-from ._launch import Launch
+from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -273,7 +273,7 @@ def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seq
     return chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
 
 
-@Launch
+@launcher('c', 'o', 'x_o', 'x_inter', 'anchors', 's_ds')
 def launch_sweep(
     q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, scale, slots, segment, BA, reverse, tma, precision,
 ):

@@ -20,6 +20,8 @@ blocks behind the rows, and D is transposed:
     dk       v    do   q    reverse      dk
     dv       k    q    do   reverse      dv
 
+On Hopper, with 16-bit inputs and K and V up to 128, the walks are those of `_hopper_parallel.py`, over blocks of 128.
+
 For dg, the sum of A_ij (do_i . v_j) over the pairs that t lies between, j < t <= i, the walks for dq and dk leave q . dq and k . dk.
 Both round the same products to the inputs' dtype, so that over the tokens of a block, from t on, their difference has the rounding
 of fp32 only. What goes from before the block's end to behind it is summed directly, from what the walk for dq has before each tile.
@@ -33,19 +35,34 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import Launch
+from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .fused_chunk import fp32_precision
+from .fused_chunk import hopper_for as sweeps_for
 from .naive import naive_parallel_simple_gla
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'slots'])
+@jit
+def reaches(sums, scale, slot, slots, i_h, o_i, o_j, NT, H: tl.constexpr):
+    """Whether anything is left in the rows of blocks o_i of the columns of blocks o_j before them."""
+    p_i = sums + (slot + o_i).to(tl.int64) * H + i_h
+    p_j = sums + (slot + o_j).to(tl.int64) * H + i_h
+    later = tl.load(p_i + slots * H, mask=o_i < NT, other=0.0).to(tl.float32)
+    before = tl.load(p_i - H, mask=(o_i > 0) & (o_i < NT), other=0.0)
+    earlier = (before - tl.load(p_j, mask=o_j < NT, other=0.0)).to(tl.float32)
+    earlier += tl.load(p_j + 2 * slots * H, mask=o_j < NT, other=0.0).to(tl.float32)
+    return (tl.exp2(later) * scale * tl.exp2(earlier) != 0) & (o_j < o_i) & (o_i < NT)
+
+
+@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'scale'])
 def block_sums_kernel(
     c,  # [1 or 2, slots, H, BT]: running sums of the gates in blocks
     sums,  # [3, slots, H], fp64: the gates up to a block's end; the largest c; the largest c_end - c
+    ranges,  # [2, slots, H]: the first block that reaches this one, or itself; the one behind the last that it reaches; or None
     cu_seqlens,  # [N + 1] or None
+    scale,
     N, T,
     part,  # slots * H * BT
     slots,
@@ -85,6 +102,25 @@ def block_sums_kernel(
         tl.store(sums + slots * H + row, tl.max(b_c, 1).to(tl.float64), mask=m_i)
         tl.store(sums + 2 * slots * H + row, tl.max(b_e, 1).to(tl.float64), mask=m_i)
         before += tl.sum(b_sum, 0)
+
+    if ranges is not None:
+        # what other threads have stored above is read now
+        tl.debug_barrier()
+        for i in range(0, NT, BI):
+            o_i = i + tl.arange(0, BI)
+            lo = o_i
+            for j in range(0, i + BI, BI):
+                o_j = j + tl.arange(0, BI)
+                alive = reaches(sums, scale, slot, slots, i_h, o_i[:, None], o_j[None, :], NT, H)
+                lo = tl.minimum(lo, tl.min(tl.where(alive, o_j[None, :], NT), 1))
+            hi = o_i + 1
+            for j in range(i, NT, BI):
+                o_j = j + tl.arange(0, BI)
+                alive = reaches(sums, scale, slot, slots, i_h, o_j[None, :], o_i[:, None], NT, H)
+                hi = tl.maximum(hi, tl.max(tl.where(alive, o_j[None, :] + 1, 0), 1))
+            p_r = ranges + (slot + o_i).to(tl.int64) * H + i_h
+            tl.store(p_r, lo, mask=o_i < NT)
+            tl.store(p_r + slots * H, hi, mask=o_i < NT)
 
 
 @jit
@@ -275,7 +311,7 @@ def attention_kernel(
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
-    crossing,  # [NK, slots, H, NB]: of w over a block, what comes from before block b
+    crossing,  # [NC, slots, H, NB]: of w over a block, what comes from before block b, in NC parts
     cu_seqlens,  # [N + 1] or None
     N, T,
     g_b, g_t, g_h,
@@ -283,6 +319,7 @@ def gate_gradient_kernel(
     slots,
     NB,
     NK: tl.constexpr,
+    NC: tl.constexpr,
     H: tl.constexpr,
     BT: tl.constexpr,
     BI: tl.constexpr,
@@ -306,6 +343,7 @@ def gate_gradient_kernel(
     for _ in tl.static_range(NK):
         b_w += tl.load(w + o_w, mask=m_t, other=0.0) - tl.load(z + o_w, mask=m_t, other=0.0)
         o_w += part
+    for _ in tl.static_range(NC):
         for i in range(i_next, rows, BI):
             o_i = i + tl.arange(0, BI)
             b_s += tl.load(p_s + o_i.to(tl.int64) * (H * NB), mask=o_i < rows, other=0.0)
@@ -383,7 +421,7 @@ def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -
     return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
 
 
-@Launch
+@launcher('c', 'sums', 'o', 'x_o', 'crossing', 'attention')
 def launch_attention(q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens, scale, reverse, tma, precision):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -427,35 +465,47 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
     return o, attention, x_o, crossing
 
 
-@Launch
-def launch_block_sums(c, sums, cu_seqlens, N, T):
+@launcher('sums', 'ranges')
+def launch_block_sums(c, sums, ranges, cu_seqlens, scale, N, T):
     _, slots, H, BT = c.shape
-    args = c, sums, cu_seqlens, N, T, c[0].numel(), slots
+    args = c, sums, ranges, cu_seqlens, scale, N, T, c[0].numel(), slots
     return block_sums_kernel, (N * H, 1, 1), args, dict(H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4)
 
 
-def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64."""
-    sums = torch.empty(3, *c.shape[1:3], dtype=torch.float64, device=c.device)
+def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None, scale: float, with_ranges: bool):
+    """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64; and, or None, which blocks reach which,
+    `[2, slots, H]` in int32.
+    """
+    slots, H = c.shape[1:3]
+    sums = torch.empty(3, slots, H, dtype=torch.float64, device=c.device)
+    ranges = torch.empty(2, slots, H, dtype=torch.int32, device=c.device) if with_ranges else None
     if sums.numel():
-        launch_block_sums((c, sums, cu_seqlens), count_sequences(B, cu_seqlens), T)
-    return sums
+        launch_block_sums((c, sums, ranges, cu_seqlens), scale, count_sequences(B, cu_seqlens), T)
+    return sums, ranges
 
 
-@Launch
+@launcher('dg', 'z')
 def launch_gate_gradient(g, dg, w, z, crossing, cu_seqlens, BT):
     B, T, H = g.shape
-    NK, slots, _, NB = crossing.shape
+    NC, slots, _, NB = crossing.shape
     args = g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB
-    return gate_gradient_kernel, (slots * H, 1, 1), args, dict(NK=NK, H=H, BT=BT, BI=32, num_warps=4)
+    return gate_gradient_kernel, (slots * H, 1, 1), args, dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
 
 
 def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
-    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NK, slots, H, NB]`."""
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NC, slots, H, NB]`."""
     dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     if dg.numel():
         launch_gate_gradient((g, dg, w, z, crossing, cu_seqlens), BT)
     return dg
+
+
+def hopper_for(q, k, v):
+    """The module of the walks for Hopper if they take these tensors."""
+    if max(q.shape[-1], v.shape[-1]) > 128 or sweeps_for(q, k, v) is None:
+        return None
+    from . import _hopper_parallel
+    return _hopper_parallel
 
 
 class Parallel(torch.autograd.Function):
@@ -463,14 +513,18 @@ class Parallel(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, output_attentions, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        c = sums = None
+        hopper = None if output_attentions else hopper_for(q, k, v)
+        BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+        c = sums = ranges = attention = None
         if g is not None:
-            BT = attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
             c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
-            sums = block_sums(c, *q.shape[:2], cu_seqlens)
-        o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
-        ctx.save_for_backward(q, k, v, g, c, sums, cu_seqlens)
-        ctx.scale, ctx.precision = scale, precision
+            sums, ranges = block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
+        if hopper:
+            o, *_ = hopper.walk(q, k, v, c, sums, None if ranges is None else ranges[0], scale, cu_seqlens)
+        else:
+            o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
+        ctx.save_for_backward(q, k, v, g, c, sums, ranges, cu_seqlens)
+        ctx.scale, ctx.precision, ctx.hopper = scale, precision, hopper
         if attention is not None:
             ctx.mark_non_differentiable(attention)
         return o, attention
@@ -478,19 +532,27 @@ class Parallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        q, k, v, g, c, sums, cu_seqlens = ctx.saved_tensors
+        q, k, v, g, c, sums, ranges, cu_seqlens = ctx.saved_tensors
         need_q, need_k, need_v, need_g, *_ = ctx.needs_input_grad
         do = rows_in_place(do)
-        run = functools.partial(attend, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
+        if ctx.hopper:
+            # the blocks of the forward are theirs
+            do = do if hopper_for(q, k, do) else do.contiguous()
+            lo, hi = (None, None) if ranges is None else ranges
+            run = functools.partial(ctx.hopper.walk, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens)
+            forward, reverse = functools.partial(run, ranges=lo), functools.partial(run, ranges=hi, reverse=True)
+        else:
+            forward = functools.partial(attend, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
+            reverse = functools.partial(forward, reverse=True)
         dq = dk = dv = dg = None
         if need_q or need_g:
-            dq, _, w, crossing = run(do, v, k, x=q if need_g else None)
+            dq, *_, w, crossing = forward(do, v, k, x=q if need_g else None)
         if need_k or need_g:
-            dk, _, z, _ = run(v, do, q, x=k if need_g else None, reverse=True)
+            dk, *_, z, _ = reverse(v, do, q, x=k if need_g else None)
         if need_g:
             dg = gate_gradient(g, w, z, crossing, c.shape[-1], cu_seqlens)
         if need_v:
-            dv, *_ = run(k, q, do, reverse=True)
+            dv, *_ = reverse(k, q, do)
         return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, None, None
 
 

@@ -33,11 +33,12 @@ from fla_simple_gla import (
     naive_recurrent_simple_gla,
     parallel_simple_gla,
 )
-from fla_simple_gla._gates import anchor_tokens
+from fla_simple_gla._gates import anchor_tokens, chunk_gates
 from fla_simple_gla._layout import is_hopper, rows_in_place
 from fla_simple_gla._triton import triton
 from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
-from fla_simple_gla.parallel import attention_config
+from fla_simple_gla.parallel import attention_config, block_sums
+from fla_simple_gla.parallel import hopper_for as walks_for
 
 INF = float('inf')
 HALF = torch.bfloat16 if GPU else torch.float16
@@ -191,6 +192,10 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch, monkeypatch):
     others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
     assert [module_for(**change) for change in others] == [None] * len(others)
 
+    # so do those of parallel, of smaller dims
+    for K, taken in ((64, True), (128, True), (256, False)):
+        assert (walks_for(*tensors(make_inputs(Case(200, K=K, V=K, dtype=HALF)), 'q', 'k', 'v')) is not None) == taken
+
     # chunk and fused_chunk take them, forward and backward
     case = Case(200, K=64, V=64, dtype=HALF)
     module = hopper_for(*tensors(make_inputs(case), 'q', 'k', 'v'))
@@ -282,18 +287,20 @@ def test_attention_map(case):
     assert rms_error(attention, expected) <= TOLERANCE[case.dtype][0]
     assert (attention.triu(1) == 0).all()
     plain, none = parallel_simple_gla(**arguments)
-    assert none is None and torch.equal(o, plain)
+    assert none is None and rms_error(o, plain) <= TOLERANCE[case.dtype][0]
     # the map does not change what flows back from o
-    do = inputs['do']
-    assert torch.equal(torch.autograd.grad(o, arguments['q'], do)[0], torch.autograd.grad(plain, arguments['q'], do)[0])
+    dq, expected = (torch.autograd.grad(x, arguments['q'], inputs['do'])[0] for x in (o, plain))
+    assert rms_error(dq, expected) <= TOLERANCE[case.dtype][0]
 
 
 @pytest.mark.parametrize('resets, memory', [(True, 100.0), (False, 0.05)], ids=['a reset', 'strong gates'])
-def test_tiles_without_anything_are_skipped(resets, memory):
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_tiles_without_anything_are_skipped(resets, memory, dtype):
     """What is behind a decay of zero is not even read, where it would have made NaN of 0 times infinity; and the bits are the same."""
-    BT = attention_config(D, D, torch.float32, torch.device(DEVICE)).BT
+    # of the walks for Hopper and of all others
+    BT = 128 if GPU and dtype == HALF else attention_config(D, D, dtype, torch.device(DEVICE)).BT
     first = 2 * BT if resets else 4 * BT
-    case = Case(6 * BT, K=D, V=D, memory=memory, resets=((2 * BT, -INF),) if resets else ()).of('parallel')
+    case = Case(6 * BT, K=D, V=D, memory=memory, resets=((2 * BT, -INF),) if resets else (), dtype=dtype).of('parallel')
     inputs = make_inputs(case)
     inputs['g'].clamp_(max=-0.1 / memory)
     expected = run(parallel_simple_gla, case, inputs)
@@ -310,6 +317,31 @@ def test_tiles_without_anything_are_skipped(resets, memory):
     end = 2 * BT if resets else 0
     for name in ('o', 'dq', 'dk', 'dv'):
         assert torch.equal(found[name][:, :end], expected[name][:, :end]), name
+
+
+@pytest.mark.parametrize('cu_seqlens', [None, (0, 0, 100, 120, 620)])
+def test_which_blocks_reach_which(cu_seqlens):
+    BT, T, H, scale = 16, 640, 2, 0.125
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, device=DEVICE)
+    g = make_inputs(Case(T, H=H, memory=2.0, resets=((70, -INF), (300, -1e4))))['g']
+    c = chunk_gates(g, BT, False, packed)
+    sums, ranges = block_sums(c, 1, T, packed, scale, True)
+    for n, (bos, eos) in enumerate(itertools.pairwise(cu_seqlens or (0, T))):
+        slot = 0 if cu_seqlens is None else bos // BT + n
+        blocks = -(-(eos - bos) // BT)
+        if not blocks:
+            continue
+        c_n, (ends, largest, rests) = c[0, slot : slot + blocks], sums[:, slot : slot + blocks]
+        assert torch.equal(largest, c_n.amax(2).double())
+        assert torch.equal(rests, (c_n[:, :, -1:] - c_n).amax(2).double())
+        before = torch.cat([torch.zeros_like(ends[:1]), ends])[:blocks]
+        decays = torch.exp2(largest.float())[:, None] * scale * torch.exp2((before[:, None] - ends[None]).float() + rests.float()[None])
+        row, column = torch.arange(blocks, device=DEVICE)[:, None, None], torch.arange(blocks, device=DEVICE)[None, :, None]
+        alive = (decays != 0) & (column <= row) | (row == column)
+        assert alive.sum() < H * blocks * (blocks + 1) / 2 or blocks < 5
+        expected = torch.where(alive, column, T).amin(1), torch.where(alive, row + 1, 0).amax(0)
+        for found, limit in zip(ranges[:, slot : slot + blocks], expected):
+            assert torch.equal(found, limit.int())
 
 
 def test_how_many_segments(monkeypatch):
