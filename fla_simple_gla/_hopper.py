@@ -135,16 +135,18 @@ def gates(
         b_g = gl.zeros([C], gl.float32, layout)
         if g is not None:
             p_g = g + i_b * g_b + i_h.to(gl.int64) * g_h + (first + o_t).to(gl.int64) * g_t
-            b_g = gl.load(p_g, mask=o_t < L, other=0.0).to(gl.float32) * LOG2E
+            b_n = gl.load(p_g, mask=o_t < L, other=0.0)
         for _ in range(NT):
-            b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
+            if g is not None:
+                b_g = b_n.to(gl.float32) * LOG2E
+                b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
+                # those of the next chunk arrive while these are summed
+                o_t += -C if REVERSE else C
+                p_g += -C * g_t if REVERSE else C * g_t
+                b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
             whole = gl.floor(b_g + 0.5)
             b_c = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
             c_end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
-            if g is not None:
-                o_t += -C if REVERSE else C
-                p_g += -C * g_t if REVERSE else C * g_t
-                b_g = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0).to(gl.float32) * LOG2E
             mbarrier.wait(empty.index(i), phase)
             sums.index(i).store(b_c)
             from_start.index(i).store(gl.exp2(b_c) * scale)

@@ -234,7 +234,7 @@ SHARING = 0.3
 # Of a summary beside a sweep over the same chunks, in both directions together; of the launches for it, in chunks; of a segment in
 # the combine, likewise.
 SUMMARY = 0.25
-LAUNCHES = 6
+LAUNCHES = 24
 COMBINE = 0.1
 # Segments are multiples of so many tokens, that anchors may be as far apart (`_gates.py`).
 GRAIN = 256
