@@ -335,13 +335,20 @@ def test_which_blocks_reach_which(cu_seqlens):
         assert torch.equal(largest, c_n.amax(2).double())
         assert torch.equal(rests, (c_n[:, :, -1:] - c_n).amax(2).double())
         before = torch.cat([torch.zeros_like(ends[:1]), ends])[:blocks]
-        decays = torch.exp2(largest.float())[:, None] * scale * torch.exp2((before[:, None] - ends[None]).float() + rests.float()[None])
+        factors = torch.exp2(largest.float())[:, None] * scale, torch.exp2((before[:, None] - ends[None]).float() + rests.float()[None])
         row, column = torch.arange(blocks, device=DEVICE)[:, None, None], torch.arange(blocks, device=DEVICE)[None, :, None]
-        alive = (decays != 0) & (column <= row) | (row == column)
-        assert alive.sum() < H * blocks * (blocks + 1) / 2 or blocks < 5
-        expected = torch.where(alive, column, T).amin(1), torch.where(alive, row + 1, 0).amax(0)
-        for found, limit in zip(ranges[:, slot : slot + blocks], expected):
-            assert torch.equal(found, limit.int())
+
+        product, least = factors[0] * factors[1], torch.finfo(torch.float32).tiny
+        limits = []
+        # a GPU may take what is subnormal for zero
+        for alive in (product != 0, (factors[0] >= least) & (factors[1] >= least) & (product >= least)):
+            alive = alive & (column <= row) | (row == column)
+            assert alive.sum() < H * blocks * (blocks + 1) / 2 or blocks < 5
+            limits.append((torch.where(alive, column, T).amin(1), torch.where(alive, row + 1, 0).amax(0)))
+        (first, behind), (first_normal, behind_normal) = limits
+        found_first, found_behind = ranges[:, slot : slot + blocks]
+        assert ((first <= found_first) & (found_first <= first_normal)).all()
+        assert ((behind_normal <= found_behind) & (found_behind <= behind)).all()
 
 
 def test_how_many_segments(monkeypatch):
@@ -367,7 +374,8 @@ def test_how_many_segments(monkeypatch):
     assert segments(4, 4096, 64, 128, specialized=True) == 1
     assert segments(1, 131072, 8, 128, specialized=True) == 16
     assert segments(2, 16384, 16, 128, specialized=True) == 4
-    assert segments(4, 2048, 16, 128, specialized=True) == 2
+    # here a half would save less than the launches take
+    assert segments(4, 2048, 16, 128, specialized=True) == 1
     assert segments(8, 1024, 8, 64, specialized=True) == 1
     # packed ones: as one, unless they are many and short
     assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
