@@ -108,34 +108,6 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     return c
 
 
-@jit
-def chunk_sums(g, w, y, z, i_b, o_t, o_h, mask, T, part, g_b, g_t, g_h, NW: tl.constexpr, NY: tl.constexpr, H: tl.constexpr):
-    """Of BH heads over the chunk of tokens o_t: gates, in units of log 2; w - y; z."""
-    o_h = o_h[None, :].to(tl.int64)
-    o_t = o_t.to(tl.int64)[:, None]
-    b_g = tl.load(g + i_b * g_b + o_t * g_t + o_h * g_h, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    o_w = (i_b * H + o_h) * T + o_t
-    b_w = tl.load(w + o_w, mask=mask, other=0.0)
-    b_z = tl.load(z + o_w, mask=mask, other=0.0)
-    for i in tl.static_range(1, NW):
-        b_w += tl.load(w + i * part + o_w, mask=mask, other=0.0)
-        b_z += tl.load(z + i * part + o_w, mask=mask, other=0.0)
-    for i in tl.static_range(NY):
-        b_w -= tl.load(y + i * part + o_w, mask=mask, other=0.0)
-    return b_g, b_w, b_z
-
-
-@jit
-def next_crossing(b_s, z_sum, decay, b_last, b_last_but_one, i_t, first, end, eos, negligible, BA: tl.constexpr, BT: tl.constexpr):
-    """What crosses a chunk, from the sum b_s behind it, and where the sum begins anew."""
-    is_last = (i_t < end) & (i_t + BT >= tl.minimum(end, first + BA))
-    is_last_but_one = (i_t + BT < eos) & (i_t + 2 * BT >= eos)
-    crossing = tl.where(decay < negligible, 0.0, b_s - z_sum)
-    crossing = tl.where(is_last_but_one, b_last_but_one * tl.exp2(decay), crossing)
-    crossing = tl.where(is_last, b_last * tl.exp2(decay), crossing)
-    return crossing, (decay < negligible) | is_last | is_last_but_one
-
-
 @jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'blocks'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
@@ -153,20 +125,38 @@ def gate_gradient_kernel(
     H: tl.constexpr,
     BA: tl.constexpr,
     BT: tl.constexpr,
+    NC: tl.constexpr,  # chunks of an anchor block, and none up to a power of two
     BH: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """dg of BH heads over one anchor block, from its last chunk to its first."""
+    """dg of BH heads over one anchor block."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
+    # limits and not masks that are `& first < read_end`: the interpreter of triton 3.9 makes those int32, and refuses them
     read_end = tl.where(i_n < N, end, first)
     o_h = i_h * BH + tl.arange(0, BH)
-    m_h = o_h < H
-    r = tl.arange(0, BT)
-
-    # limits and not masks that are `& first < read_end`: the interpreter of triton 3.9 makes those int32, and refuses them
     m_anchor = o_h < tl.where(first < read_end, H, 0)
     m_before = o_h < tl.where((first < read_end) & (first > bos), H, 0)
+    n = tl.arange(0, NC)
+    r = tl.arange(0, BT)
+
+    # [NC, BT, BH]
+    o_t = first + (n[:, None] * BT + r[None, :])[:, :, None]
+    m_h = (o_h < H)[None, None, :]
+    mask = (o_t < end) & m_h
+    read = (o_t < read_end) & m_h
+    o_t = o_t.to(tl.int64)
+    o_w = (i_b * H + o_h[None, None, :]) * T + o_t
+    b_g = tl.load(g + i_b * g_b + o_t * g_t + o_h[None, None, :].to(tl.int64) * g_h, mask=read, other=0.0).to(tl.float32) * LOG2E
+    b_w = tl.load(w + o_w, mask=read, other=0.0)
+    b_z = tl.load(z + o_w, mask=read, other=0.0)
+    for i in tl.static_range(1, NW):
+        b_w += tl.load(w + i * part + o_w, mask=read, other=0.0)
+        b_z += tl.load(z + i * part + o_w, mask=read, other=0.0)
+    for i in tl.static_range(NY):
+        b_w -= tl.load(y + i * part + o_w, mask=read, other=0.0)
+
+    # [BH]
     b_last = tl.zeros([BH], tl.float32)
     b_last_but_one = tl.zeros([BH], tl.float32)
     b_before = tl.zeros([BH], tl.float32)
@@ -176,55 +166,56 @@ def gate_gradient_kernel(
         b_last_but_one += tl.load(p_s + (blocks + i_n) * H, mask=m_anchor, other=0.0)
         b_before += tl.load(p_s + (i_s - 1) * H, mask=m_before, other=0.0)
 
-    # what is missing at the block's start, and how many chunks behind it the sum last began anew
-    b_s = tl.zeros([BH], tl.float32)
-    steps = tl.zeros([BH], tl.int32)
-    for i in range(BA // BT):
-        i_t = first + BA - (i + 1) * BT
-        read = (i_t + r < read_end)[:, None] & m_h[None, :]
-        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, i_t + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
-        crossing, anew = next_crossing(
-            b_s, tl.sum(b_z, 0), tl.sum(b_g, 0), b_last, b_last_but_one, i_t, first, end, eos, negligible, BA, BT,
-        )
-        b_s = crossing + tl.sum(b_w, 0)
-        steps = tl.where(anew, 0, steps) + 1
+    # [NC, BH]: of each chunk its sums, whether what crosses it is known, and then what, or else what it adds on the way back in time
+    w_sum = tl.sum(b_w, 1)
+    z_sum = tl.sum(b_z, 1)
+    decay = tl.sum(b_g, 1)
+    i_t = first + n * BT
+    is_last = ((i_t < end) & (i_t + BT >= end))[:, None]
+    is_last_but_one = ((i_t + BT < eos) & (i_t + 2 * BT >= eos))[:, None]
+    crossing = tl.where(is_last, b_last[None, :], tl.where(is_last_but_one, b_last_but_one[None, :], 0.0)) * tl.exp2(decay)
+    known = is_last | is_last_but_one | (decay < negligible)
+    crossing = tl.where(known, crossing, -z_sum)
+
+    # what crosses chunk n: the sums from the first chunk, from n on, of which it is known
+    m_known = known.to(tl.int32)
+    rank = tl.cumsum(m_known, 0) - m_known
+    on_way = (rank[:, None, :] == rank[None, :, :]) & (n[:, None] <= n[None, :])[:, :, None]
+    crossing = tl.sum(tl.where(on_way, crossing[None, :, :], 0.0), 1)
+    behind = on_way & (n[:, None] < n[None, :])[:, :, None]
+    crossing += tl.sum(tl.where(behind, w_sum[None, :, :], 0.0), 1)
+
+    # what is missing before the block, spread over the chunks up to the first of which it is known
+    is_first = (n == 0)[:, None]
+    missing = -tl.sum(tl.where(is_first, crossing + w_sum, 0.0), 0)
     if first > bos:
-        read = (r < read_end)[:, None] & m_h[None, :]
-        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, first - BT + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
-        missing = b_before * tl.exp2(tl.sum(b_g, 0)) + tl.sum(b_z, 0) - b_s
+        o_b = (first - BT + r).to(tl.int64)[:, None]
+        p_g = g + i_b * g_b + o_b * g_t + o_h[None, :].to(tl.int64) * g_h
+        b_d = tl.load(p_g, mask=m_before[None, :], other=0.0).to(tl.float32) * LOG2E
+        missing += b_before * tl.exp2(tl.sum(b_d, 0))
+        for i in tl.static_range(NW):
+            missing += tl.sum(tl.load(z + i * part + (i_b * H + o_h[None, :]) * T + o_b, mask=m_before[None, :], other=0.0), 0)
     elif STATE:
         missing = tl.zeros([BH], tl.float32)
-    else:
-        missing = -b_s
-    missing /= steps
+    first_known = tl.min(tl.where(known, n[:, None], NC), 0)
+    crossing += (missing / (first_known + 1))[None, :] * tl.maximum(first_known[None, :] - n[:, None], 0)
 
-    b_s = tl.zeros([BH], tl.float32)
-    for i in range(BA // BT):
-        i_t = first + BA - (i + 1) * BT
-        mask = (i_t + r < end)[:, None] & m_h[None, :]
-        read = (i_t + r < read_end)[:, None] & m_h[None, :]
-        b_g, b_w, b_z = chunk_sums(g, w, y, z, i_b, i_t + r, o_h, read, T, part, g_b, g_t, g_h, NW, NY, H)
-        z_sum = tl.sum(b_z, 0)
-        crossing, anew = next_crossing(
-            b_s, z_sum, tl.sum(b_g, 0), b_last, b_last_but_one, i_t, first, end, eos, negligible, BA, BT,
-        )
-        b_s = crossing + tl.sum(b_w, 0)
-        crossing += missing * tl.maximum(i + steps - BA // BT, 0)
-        b_dg = crossing[None, :] + tl.cumsum(b_w, 0, reverse=True) + tl.cumsum(b_z, 0) - b_z
-        # nothing crosses a reset: what is left of the sums there is their rounding
-        b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
-        tl.store(dg + (i_b * T + (i_t + r).to(tl.int64)[:, None]) * H + o_h[None, :], b_dg, mask=mask)
+    b_dg = crossing[:, None, :] + tl.cumsum(b_w, 1, reverse=True) + tl.cumsum(b_z, 1) - b_z
+    # nothing crosses a reset: what is left of the sums there is their rounding
+    b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
+    tl.store(dg + (i_b * T + o_t) * H + o_h[None, None, :], b_dg, mask=mask)
 
 
 @launcher('dg', 'z')
 def launch_gate_gradient(g, dg, w, y, z, s_ds, cu_seqlens, BA, BT, dtype, state):
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)
-    BH = min(8, triton.next_power_of_2(H))
+    BH = min(4, triton.next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
     negligible = math.log2(torch.finfo(dtype).eps) - 3
     args = g, dg, w, y, z, s_ds, cu_seqlens, count_sequences(B, cu_seqlens), T, negligible, *g.stride(), B * H * T, blocks
-    constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, BH=BH, STATE=state, num_warps=4)
+    NC = triton.next_power_of_2(BA // BT)
+    constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, NC=NC, BH=BH, STATE=state, num_warps=4)
     return gate_gradient_kernel, (blocks, triton.cdiv(H, BH), 1), args, constants
 
 

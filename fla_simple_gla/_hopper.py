@@ -342,29 +342,36 @@ def state(
 
 
 @gluon.jit
+def sum_of_four(x):
+    """The rows of a slice of 16, four of which a thread has."""
+    return gl.sum(gl.sum(x.reshape([4, 2, 2, C]), 2), 1)
+
+
+@gluon.jit
 def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
     cu_seqlens, units, N, T, segment = work
-    # each the faster one, by 3 to 5% of the sweep
-    layout: gl.constexpr = gl.BlockedLayout([4, 4] if REVERSE else [8, C // 32], [2, 16] if REVERSE else [1, 32], [1, 1], [1, 0])
-    r = gl.arange(0, C, gl.SliceLayout(0, layout))
+    # a warp has half of the columns, and a thread 4 of them in 4 rows of a slice
+    layout: gl.constexpr = gl.BlockedLayout([4, 4], [4, 8], [1, 2], [1, 0])
     PARTS: gl.constexpr = partial.shape[0] // full.shape[0]
-    ROWS: gl.constexpr = partial.shape[1] // 8
+    SLICES: gl.constexpr = partial.shape[1] // 16
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
-        p_x = x_o + (i_b * H + i_h) * T + first + r
         for i_c in range(NT):
             i_t = (NT - 1 - i_c if REVERSE else i_c) * C
             mbarrier.wait(full.index(i), phase)
-            b_x = gl.zeros([C], gl.float32, gl.SliceLayout(0, layout))
-            for j in gl.static_range(ROWS * PARTS):
-                b_x += gl.sum(partial.index(i * PARTS + j // ROWS).slice(j % ROWS * 8, 8, dim=0).load(layout), 0)
+            b_x = sum_of_four(partial.index(i * PARTS).slice(0, 16, dim=0).load(layout))
+            for j in gl.static_range(1, SLICES * PARTS):
+                b_x += sum_of_four(partial.index(i * PARTS + j // SLICES).slice(j % SLICES * 16, 16, dim=0).load(layout))
+            b_x = gl.sum(b_x, 0)
+            r = gl.arange(0, C, b_x.type.layout)
+            p_x = x_o + (i_b * H + i_h) * T + first + i_t + r
             # A buffer is given back behind something that needs what was read of it. An arrival does not wait for the loads before it:
             # where x was given back right behind them, its sums were now and then those of the next tile, which TMA had put there
             # meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the barrier and the arrival).
-            gl.store(p_x + i_t, b_x, mask=first + i_t + r < end)
+            gl.store(p_x, b_x, mask=r < end - first - i_t)
             mbarrier.arrive(empty.index(i), count=1)
             i, phase = advance(i, phase, full.shape[0])
 
@@ -682,7 +689,7 @@ def sweep_kernel(
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
                 (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
                 (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
-            ], [4, 4, 1, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+            ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
             gl.warp_specialize([
                 (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
@@ -698,7 +705,7 @@ def sweep_kernel(
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
             (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
             (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
-        ], [4, 1, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+        ], [4, 1, 1, 2], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, 0, H, K, V, BA, SEGMENTS, X)),
@@ -776,7 +783,7 @@ def reverse_kernel(
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
                 (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
                 (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
-            ], [4, 4, 1, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+            ], [4, 4, 1, 1, 2], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
             gl.warp_specialize([
                 (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),
@@ -792,7 +799,7 @@ def reverse_kernel(
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
             (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
             (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
-        ], [4, 1, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+        ], [4, 1, 1, 2], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
             (values, (work, states, anchor, desc_dv, value_tiles, gate_bufs, bars, z_bufs, 0, H, K, V, BA, SEGMENTS, DG)),

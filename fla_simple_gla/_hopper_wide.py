@@ -426,7 +426,7 @@ def wide_sweep_kernel(
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
             (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, BA, SEGMENTS, REVERSE, X)),
             (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, REVERSE)),
-        ], [4, 4, 1, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
+        ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 0, H, K, V, BA, SEGMENTS, REVERSE, X)),
