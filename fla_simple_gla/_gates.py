@@ -33,7 +33,7 @@ import math
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots
-from ._launch import launcher
+from ._launch import empty, launcher
 from ._triton import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -89,7 +89,7 @@ def chunk_gates_kernel(
         tl.store(p_c, whole + fraction, mask=m_c)
 
 
-@launcher()
+@launcher
 def launch_chunk_gates(g, c, cu_seqlens):
     B, T, H = g.shape
     parts, slots, _, BT = c.shape
@@ -102,7 +102,7 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     """Running sums of `g [B, T, H]` within chunks of BT: `[1, slots, H, BT]`, or `[2, slots, H, BT]`, whole numbers and fractions."""
     B, T, H = g.shape
     slots = count_slots(B, T, BT, cu_seqlens)
-    c = torch.empty(1 + two_parts, slots, H, BT, dtype=torch.float32, device=g.device)
+    c = empty(g, 1 + two_parts, slots, H, BT, dtype=torch.float32)
     if slots:
         launch_chunk_gates((g, c, cu_seqlens))
     return c
@@ -206,7 +206,7 @@ def gate_gradient_kernel(
     tl.store(dg + (i_b * T + o_t) * H + o_h[None, None, :], b_dg, mask=mask)
 
 
-@launcher('dg', 'z')
+@launcher
 def launch_gate_gradient(g, dg, w, y, z, s_ds, cu_seqlens, BA, BT, dtype, state):
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)
@@ -237,7 +237,7 @@ def gate_gradient(
     the sequences begin with a state.
     """
     B, T, H = g.shape
-    dg = torch.empty(B, T, H, dtype=g.dtype, device=g.device)
+    dg = empty(g, B, T, H)
     if count_slots(B, T, BA, cu_seqlens):
         launch_gate_gradient((g, dg, w, y, z, s_ds, cu_seqlens), BA, BT, dtype, state)
     return dg

@@ -32,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, RESET
-from ._launch import launcher
+from ._launch import empty, launcher
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -413,6 +413,14 @@ def from_fragments(x, layout: gl.constexpr):
 
 
 @gluon.jit
+def store_sum(s_ds, x, W, i_a, i_h, anchors, H: gl.constexpr):
+    """The sums of what each warp of warp group W has of the numbers x: none waits for another."""
+    x = gl.sum(x.reshape([4, x.shape[0] // 4]), 1)
+    w = W * 4 + gl.arange(0, 4, x.type.layout)
+    gl.store(s_ds + (w * anchors + i_a) * H + i_h, x)
+
+
+@gluon.jit
 def prefetch(p, size: gl.constexpr):
     """Bring `size` bytes from p on, in 32 pieces, to the L2 cache."""
     p = p.to(gl.int64, bitcast=True) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (size // 32)
@@ -556,13 +564,12 @@ def values(
             i_c = NT - 1 - i_r
             b_s = warpgroup_mma_wait(0, (b_s,))
             if DG:
+                # asked for now, and multiplied while the tensor cores are at work
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
-                if wanted:
-                    t, x = fragment_indices(BK // 2)
-                    tile_16 = (W * (BS // 16) + t // 32) * (BK // 16) + x // 8
-                    p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)
-                    b_a = from_fragments(gl.load(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8)), layout_s)
-                    gl.store(s_ds + (W * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a.to(gl.float32) * b_s, 1), 0))
+                t, x = fragment_indices(BK // 2)
+                tile_16 = (W * (BS // 16) + t // 32) * (BK // 16) + x // 8
+                p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)
+                b_a = gl.load(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8), mask=(t < gl.where(wanted, 128, 0)) & (x >= 0), other=0.0)
             mbarrier.wait(s_empty.index(0), s_phase)
             published.slice(W * BS, BS, dim=0).store(b_s.to(dtype))
             fence_async_shared()
@@ -573,6 +580,10 @@ def values(
                 published.slice(W * BS, BS, dim=0), ks.index(i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
                 use_acc=False, is_async=True,
             )
+            if DG:
+                if wanted:
+                    b_a_s = from_fragments(b_a, layout_s).to(gl.float32) * b_s
+                    store_sum(s_ds, gl.sum(b_a_s, 1), W, i_a, i_h, blocks + N, H)
             b_v = dos.index(i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
             mbarrier.wait(g_full.index(i), phase)
             b_d = (b_v.to(gl.float32) * from_start.index(i).load(gl.SliceLayout(0, operand_s))[None, :]).to(dtype)
@@ -826,17 +837,19 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, r
     return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
 
 
-def takes(*tensors: torch.Tensor | None) -> bool:
+def takes(*tensors: torch.Tensor) -> bool:
     """Whether the sweeps, these and those of `_hopper_wide.py`, can read these tensors of one dtype in place, and are made for them."""
-    return all([x is None or takes_layout(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
+    return takes_layouts(*[(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
 
 
 @functools.lru_cache(1024)
-def takes_layout(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], offset: int) -> bool:
+def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]) -> bool:
     # what the sweeps write is contiguous: its rows, too, must be aligned to 16 bytes
-    if dtype.itemsize != 2 or shape[-1] > 256 or shape[-1] % 8 or shape.numel() == 0 or offset:
-        return False
-    return all(size == 1 or stride > 0 and stride % 8 == 0 for stride, size in zip(strides[:3], shape))
+    return all(
+        dtype.itemsize == 2 and shape[-1] <= 256 and shape[-1] % 8 == 0 and shape.numel() > 0 and offset == 0
+        and all(size == 1 or stride > 0 and stride % 8 == 0 for stride, size in zip(strides[:3], shape))
+        for dtype, shape, strides, offset in layouts
+    )
 
 
 @functools.cache
@@ -873,7 +886,7 @@ REVERSE = {
 }
 
 
-@launcher('o', 'state_out', 'x_o', 'y', 'anchors')
+@launcher
 def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, scale, segment, BA):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -906,10 +919,10 @@ def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_o
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    o = empty(q, B, T, H, V)
     x_o = y = None
     if x is not None:
-        x_o, y = (torch.empty(1, B, H, T, dtype=torch.float32, device=q.device) for _ in range(2))
+        x_o, y = (empty(q, 1, B, H, T, dtype=torch.float32) for _ in range(2))
     launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens), scale, segment, BA)
     return o, x_o, y
 
@@ -919,7 +932,7 @@ def anchor_size(K: int, V: int) -> int:
     return padded(K, V) ** 2
 
 
-@launcher('dk', 'dv', 'z', 'anchors', 's_ds')
+@launcher
 def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens, scale, segment, BA):
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
@@ -940,16 +953,16 @@ def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds
 
 def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, anchors=None, BA=1):
     """One sweep back in time over each sequence, or over each of its segments: dk and dv; and, if there are anchors, what dg needs:
-    `z [1, B, H, T]` and `<anchor, state> [V / 64, blocks + N, H]`.
+    `z [1, B, H, T]` and `<anchor, state> [D / 16, blocks + N, H]`, one of each warp, D the dim padded.
     """
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
     D = padded(K, V)
-    dk = torch.empty(B, T, H, K, dtype=q.dtype, device=q.device)
-    dv = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    dk = empty(q, B, T, H, K)
+    dv = empty(q, B, T, H, V)
     z = s_ds = None
     if anchors is not None:
-        z = torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
-        s_ds = torch.empty(D // 64, anchors.shape[0], H, dtype=torch.float32, device=q.device)
+        z = empty(q, 1, B, H, T, dtype=torch.float32)
+        s_ds = empty(q, D // 16, anchors.shape[0], H, dtype=torch.float32)
     launch_reverse((q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens), scale, segment, BA)
     return dk, dv, z, s_ds

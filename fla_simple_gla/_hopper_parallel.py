@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ._blocks import block_bounds, count_sequences, count_slots
 from ._hopper import advance, buffers, descriptor, padded, processors, tile, tma_load, tma_store
-from ._launch import launcher
+from ._launch import empty, launcher, zeros
 
 __all__ = ['BLOCK', 'walk']
 
@@ -66,7 +66,7 @@ def unit_bounds(work, i, H: gl.constexpr, REVERSE: gl.constexpr):
     lo = i_r + 1 if REVERSE else i_r * 0
     n = ((eos - bos + BT - 1) // BT - lo) if REVERSE else i_r
     if ranges is not None:
-        bound = gl.load(ranges + i_s.to(gl.int64) * H + i_h)
+        bound = gl.load(ranges + (i_s.to(gl.int64) + (slots if REVERSE else 0)) * H + i_h)
         if REVERSE:
             n = bound - lo
         else:
@@ -271,7 +271,7 @@ def walk_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_x,
     c,  # [slots, H, BLOCK]: running sums of the gates in blocks, or None
     sums,  # [slots, H], fp64: of the gates up to a block's end
-    ranges,  # [slots, H], int32: the first block that a walk goes over, or, in reverse, the one behind the last; or None
+    ranges,  # [2, slots, H], int32: the first block that a walk goes over, and, in reverse, the one behind the last; or None
     x_o, crossing, cu_seqlens,
     scale, units, slots, N, T, NB,
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, REVERSE: gl.constexpr,
@@ -319,7 +319,7 @@ def walk_kernel(
     ], [4, 1, 1], [ROW_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
-@launcher('o', 'c', 'sums', 'ranges', 'x_o', 'crossing')
+@launcher
 def launch_walk(q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens, scale, reverse):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -346,13 +346,12 @@ def walk(q, k, v, c, sums, ranges, scale, cu_seqlens, *, x=None, reverse=False):
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     # the tokens behind the last sequence get zeros, of which no program knows
-    o = (torch.empty if cu_seqlens is None else torch.zeros)(B, T, H, V, dtype=q.dtype, device=q.device)
+    o = (empty if cu_seqlens is None else zeros)(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:
-        x_o = torch.empty(1, B, H, T, dtype=torch.float32, device=q.device)
+        x_o = empty(q, 1, B, H, T, dtype=torch.float32)
         if not reverse:
             # zeros, because tiles without anything are skipped
-            shape = 2, count_slots(B, T, BLOCK, cu_seqlens), H, -(-T // BLOCK)
-            crossing = torch.zeros(shape, dtype=torch.float32, device=q.device)
+            crossing = zeros(q, 2, count_slots(B, T, BLOCK, cu_seqlens), H, -(-T // BLOCK), dtype=torch.float32)
     launch_walk((q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens), scale, reverse)
     return o, x_o, crossing

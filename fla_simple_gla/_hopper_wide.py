@@ -43,13 +43,14 @@ from ._hopper import (
     prefetch,
     processors,
     row_sums,
+    store_sum,
     tile,
     tma_load,
     tma_store,
     to_fragments,
     unit_bounds,
 )
-from ._launch import launcher
+from ._launch import empty, launcher
 
 __all__ = ['CHUNK', 'anchor_size', 'sweep']
 
@@ -78,7 +79,7 @@ def fold(x):
 @gluon.jit
 def load(
     work, descs, tiles, bars, x_bars, anchor,
-    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, BA: gl.constexpr,
+    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
     cu_seqlens, units, N, T, segment = work
@@ -99,7 +100,7 @@ def load(
             if X and REVERSE:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    prefetch(anchors + half_anchor(i_a, i_h, H), 2 * BK * BV)
+                    prefetch(anchors + half_anchor(i_a, i_h, H, V), 2 * BK * BV)
             mbarrier.expect(q_full.index(i), C * BK * 2)
             tma_load(desc_q, tile(cu_seqlens, i_b, i_h // GQ, first, end, i_t, 0), q_full.index(i), qs.index(i))
             mbarrier.wait(k_empty.index(i), phase)
@@ -200,9 +201,11 @@ def store_piece(p_s, strides, o_v, o_k, b_s, K, V):
 
 
 @gluon.jit
-def half_anchor(i_a, i_h, H: gl.constexpr):
+def half_anchor(i_a, i_h, H: gl.constexpr, V: gl.constexpr):
     """Where the anchor of these columns of V begins. Its numbers are in the order of the threads: the same ones leave and read it."""
-    return ((i_a.to(gl.int64) * H + i_h) * gl.num_programs(1) + gl.program_id(1)) * (BK * BV)
+    # a constant: that the grid knows it too costs a load from local memory, which waits for the L2 cache
+    HALVES: gl.constexpr = (V + BV - 1) // BV
+    return ((i_a.to(gl.int64) * H + i_h) * HALVES + gl.program_id(1)) * (BK * BV)
 
 
 @gluon.jit
@@ -215,10 +218,15 @@ def leave_anchor(p, b_s):
 
 
 @gluon.jit
-def times_anchor(p, b_s):
+def load_anchor(p):
     t, x = fragment_indices(PIECE // 2)
-    b_a = gl.load(p + ((x // 8 * 128 + t) * 8 + x % 8)).to(gl.float32)
-    return b_a * to_fragments(b_s)
+    return gl.load(p + ((x // 8 * 128 + t) * 8 + x % 8))
+
+
+@gluon.jit
+def times_anchor(b_a, b_s):
+    """Sums of each thread."""
+    return gl.sum(b_a.to(gl.float32) * to_fragments(b_s), 1)
 
 
 @gluon.jit
@@ -266,14 +274,19 @@ def state(
             if X:
                 wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
                 if wanted:
-                    p_a = anchors + half_anchor(i_a, i_h, H) + W * (BK * BS)
+                    p_a = anchors + half_anchor(i_a, i_h, H, V) + W * (BK * BS)
                     if REVERSE:
-                        b_a = times_anchor(p_a, s0)
-                        b_a += times_anchor(p_a + PIECE * BS, s1)
-                        b_a += times_anchor(p_a + 2 * PIECE * BS, s2)
-                        b_a += times_anchor(p_a + 3 * PIECE * BS, s3)
+                        # two are on their way while one is multiplied
+                        a0 = load_anchor(p_a)
+                        a1 = load_anchor(p_a + PIECE * BS)
+                        b_a = times_anchor(a0, s0)
+                        a2 = load_anchor(p_a + 2 * PIECE * BS)
+                        b_a += times_anchor(a1, s1)
+                        a3 = load_anchor(p_a + 3 * PIECE * BS)
+                        b_a += times_anchor(a2, s2)
+                        b_a += times_anchor(a3, s3)
                         i_p = gl.program_id(1) * (BV // BS) + W
-                        gl.store(s_ds + (i_p * (blocks + N) + i_a) * H + i_h, gl.sum(gl.sum(b_a, 1), 0))
+                        store_sum(s_ds, b_a, i_p, i_a, i_h, blocks + N, H)
                     else:
                         leave_anchor(p_a, s0)
                         leave_anchor(p_a + PIECE * BS, s1)
@@ -424,7 +437,7 @@ def wide_sweep_kernel(
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
-            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, BA, SEGMENTS, REVERSE, X)),
+            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, V, BA, SEGMENTS, REVERSE, X)),
             (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, REVERSE)),
         ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
@@ -433,7 +446,7 @@ def wide_sweep_kernel(
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
-            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, BA, SEGMENTS, REVERSE, X)),
+            (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, V, BA, SEGMENTS, REVERSE, X)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
@@ -445,7 +458,7 @@ REGISTERS = {
 }
 
 
-@launcher('o', 'x_o', 'y', 'anchors', 's_ds')
+@launcher
 def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -482,20 +495,20 @@ def sweep(
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs
     (`_gates.py`), else None three times: the rows `x . o [halves, B, H, T]` of what of o comes from the carried state; forward in time
     `y [halves, B, H, T]`, of which the sums over i are already in these rows; and back in time
-    `<anchor, state> [2 * halves, blocks + N, H]`. The halves are those of V, one where V is up to 128.
+    `<anchor, state> [8 * halves, blocks + N, H]`, one of each warp. The halves are those of V, one where V is up to 128.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    o = empty(q, B, T, H, V)
     x_o = y = s_ds = None
     if x is not None:
-        x_o = torch.empty(count_halves(V), B, H, T, dtype=torch.float32, device=q.device)
+        x_o = empty(q, count_halves(V), B, H, T, dtype=torch.float32)
         if reverse:
-            s_ds = torch.empty(2 * count_halves(V), anchors.shape[0], H, dtype=torch.float32, device=q.device)
+            s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
         else:
-            y = torch.empty_like(x_o)
+            y = empty(x_o, *x_o.shape)
     launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
     return o, x_o, y, s_ds

@@ -1,19 +1,21 @@
-"""Launches of kernels that the host has made before, at a fraction of their cost.
+"""Calls that the host has made before, at a fraction of their cost.
 
 At each launch triton binds the arguments anew, finds out what of them to specialise on, looks for the kernel, and encodes the tensor
-descriptors: that takes longer than a small kernel runs. But the kernel, the grid and all its numbers follow from the layouts of the
-tensors, and an encoded descriptor from these and the address. Here they are kept, and a launch only puts in the addresses.
+descriptors: that takes longer than a small kernel runs. But what a pass of a mode allocates and launches, with all its numbers, follows
+from the layouts of the tensors that it is given. So it is recorded the first time, and later ones with the same layouts replay it: they
+allocate, put in the addresses, and launch.
 """
 
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 
-from ._triton import INTERPRET, triton
+from ._triton import INTERPRET, scratch, triton
 
 # Versions of triton of which it is known that a compiled kernel takes all arguments, constants too, in the order of the parameters,
 # addresses as integers, and in the place of a descriptor the encoded one, its shape and its strides. With others every launch goes the
@@ -22,58 +24,153 @@ VERSIONS = ('3.6', '3.7', '3.8', '3.9')
 DIRECT = (
     triton is not None and not INTERPRET and torch.version.cuda is not None and '.'.join(triton.__version__.split('.')[:2]) in VERSIONS
 )
-# Launches that are kept of one kernel, and encoded descriptors of one argument of a launch
+# Programs that are kept of one pass, and encoded descriptors of one argument of a launch
 MOST = 1024
 MOST_ADDRESSES = 64
 
 
-def launcher(*made: str):
+class Recording(threading.local):
+    program = None  # that of the pass which is being recorded in this thread
+
+
+recording = Recording()
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor on like's device, and of its dtype if none is given: what a recorded pass allocates."""
+    return allocate(like, 'new_empty', shape, dtype)
+
+
+def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return allocate(like, 'new_zeros', shape, dtype)
+
+
+def allocate(like, how, shape, dtype):
+    dtype = dtype or like.dtype
+    x = getattr(like, how)(shape, dtype=dtype)
+    if recording.program is not None:
+        recording.program.allocated(x, how, shape, dtype)
+    return x
+
+
+def launcher(plan: Callable) -> Callable:
     """Decorates a function that tells how to launch a kernel, which is then called as `launch(tensors, *numbers)`.
 
     The function, `plan(*tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. Its
-    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor. As it is asked once, it may depend on
-    nothing but the numbers, which are hashable, and of a tensor on dtype, shape, strides, device, and whether the address is a multiple
-    of 16. Of the tensors `made` for the launch this follows from the others, so that only whether they are None is looked at.
+    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor.
     """
-    return functools.partial(Launch, made=made)
+
+    @functools.wraps(plan)
+    def launch(tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
+        kernel, grid, args, constants = plan(*tensors, *numbers)
+        compiled = kernel[grid](*args, **constants)
+        if recording.program is not None:
+            args = *args, *(constants[name] for name in kernel.arg_names[len(args):])
+            recording.program.launched(compiled, grid, args, tensors)
+
+    return launch
+
+
+def recorded(run: Callable) -> Callable:
+    """Decorates a pass over a mode's kernels, `run(*tensors, *numbers)`, which is then called as `replay(tensors, *numbers)`.
+
+    The first tensor is not None. The pass returns a tuple of tensors that it was given or allocated, and None. All it does with tensors is
+    to allocate them with `empty` and `zeros` and to give them to launchers, whole. How it does so depends on nothing but the numbers,
+    which are hashable, and of the tensors on dtypes, shapes, strides, devices, whether an address is a multiple of 16, and which are None.
+    """
+    programs = {}
+
+    @functools.wraps(run)
+    def replay(tensors: tuple[torch.Tensor | None, ...], *numbers) -> tuple[torch.Tensor | None, ...]:
+        if not DIRECT or torch.compiler.is_compiling() or observed():
+            return run(*tensors, *numbers)
+        device = tensors[0].get_device()
+        key = [device, *numbers]
+        addresses = []
+        for x in tensors:
+            if x is None:
+                key.append(None)
+                addresses.append(None)
+            else:
+                address = x.data_ptr()
+                # launches tell tensors by their addresses: those that share one are others than those that do not
+                key.append((x.dtype, x.shape, x.stride(), address % 16, addresses.index(address) if address in addresses else None))
+                addresses.append(address)
+        key = tuple(key)
+        program = programs.get(key)
+        if program is not None:
+            return program(tensors, addresses, device)
+        if len(programs) >= MOST:
+            programs.clear()
+        program = recording.program = Program(tensors, addresses)
+        try:
+            results = run(*tensors, *numbers)
+        finally:
+            recording.program = None
+        if program.finish(results):
+            programs[key] = program
+        return results
+
+    return replay
+
+
+class Program:
+    """What a pass did, in terms of tensors by number: those it was given, then those it allocated. It holds on to none of them."""
+
+    def __init__(self, tensors, addresses):
+        self.given = self.count = len(tensors)
+        self.steps = []  # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None)
+        self.complete = True
+        # the latest with an address or an identity is the one that is alive, and of the given ones the first
+        self.by_address = {address: i for i, address in reversed([*enumerate(addresses)])}
+        self.by_identity = {id(x): i for i, x in enumerate(tensors)}
+
+    def allocated(self, x, how, shape, dtype):
+        self.steps.append((how, shape, dtype))
+        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.count
+        self.count += 1
+
+    def launched(self, compiled, grid, args, tensors):
+        numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
+        if not isinstance(compiled, triton.compiler.CompiledKernel) or any(
+            x is not None and number is None for x, number in zip(tensors, numbers)
+        ):
+            self.complete = False
+        else:
+            self.steps.append((Launch(compiled, grid, args, tensors), numbers, None))
+
+    def finish(self, results):
+        """Note the results, and free behind its last launch what is not among them; whether all of the pass could be recorded."""
+        self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
+        del self.by_address, self.by_identity
+        needed = set(self.results)
+        steps = []
+        for step in reversed(self.steps):
+            if isinstance(step[0], Launch):
+                for i in {i for i in step[1] if i is not None and i >= self.given} - needed:
+                    steps.append((None, i, None))
+                    needed.add(i)
+            steps.append(step)
+        self.steps = steps[::-1]
+        return self.complete and all(x is None or i is not None for x, i in zip(results, self.results))
+
+    def __call__(self, tensors, addresses, device):
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        like = tensors[0]
+        tensors = [*tensors]
+        for what, which, dtype in self.steps:
+            if what is None:
+                tensors[which] = None
+            elif dtype is None:
+                what(tensors, addresses, which, stream)
+            else:
+                # by no name of its own, which would keep it from being freed
+                tensors.append(getattr(like, what)(which, dtype=dtype))
+                addresses.append(tensors[-1].data_ptr())
+        return tuple([None if i is None else tensors[i] for i in self.results])
 
 
 class Launch:
-    def __init__(self, plan: Callable, made: tuple[str, ...]):
-        functools.update_wrapper(self, plan)
-        self.plan = plan
-        names = list(inspect.signature(plan).parameters)
-        self.made = {names.index(name) for name in made}
-        self.known = {}
-
-    def __call__(self, tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
-        if not DIRECT or torch.compiler.is_compiling() or observed():
-            kernel, grid, args, constants = self.plan(*tensors, *numbers)
-            kernel[grid](*args, **constants)
-            return
-        device = torch.cuda.current_device()
-        key = device, *numbers, *map(self.layout, range(len(tensors)), tensors)
-        known = self.known.get(key)
-        if known is None:
-            self.first(key, tensors, numbers)
-        else:
-            known(tensors, device)
-
-    def layout(self, i, x):
-        return x if x is None else True if i in self.made else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
-
-    def first(self, key, tensors, numbers):
-        """Launch the usual way, and keep what the next launches need; of the tensors nothing."""
-        kernel, grid, args, constants = self.plan(*tensors, *numbers)
-        compiled = kernel[grid](*args, **constants)
-        if isinstance(compiled, triton.compiler.CompiledKernel):
-            if len(self.known) >= MOST:
-                self.known.clear()
-            args = *args, *(constants[name] for name in kernel.arg_names[len(args):])
-            self.known[key] = Known(compiled, grid, args, tensors)
-
-
-class Known:
     """A launch of which only the addresses are open."""
 
     def __init__(self, compiled, grid, args, tensors):
@@ -93,24 +190,26 @@ class Known:
                 self.descriptors.append((i, len(self.args), functools.partial(encode, fields, next(metadata)), {}))
                 self.args += [None, *arg.shape, *arg.strides]
         self.launch = compiled.run
+        self.needs_scratch = compiled.run.global_scratch_size > 0
         if self.descriptors:
             # triton's own encodes the descriptors and goes on with another one
             self.launch = copy.copy(compiled.run)
             self.launch.launch = inspect.getclosurevars(compiled.run.launch).nonlocals['launcher']
 
-    def __call__(self, tensors, device):
+    def __call__(self, tensors, addresses, numbers, stream):
         args = self.args.copy()
         for i, place in self.pointers:
-            args[place] = tensors[i].data_ptr()
+            args[place] = addresses[numbers[i]]
         for i, place, encoder, encoded in self.descriptors:
-            address = tensors[i].data_ptr()
+            address = addresses[numbers[i]]
             descriptor = encoded.get(address)
             if descriptor is None:
                 if len(encoded) >= MOST_ADDRESSES:
                     encoded.clear()
-                descriptor = encoded[address] = encoder(tensors[i])
+                descriptor = encoded[address] = encoder(tensors[numbers[i]])
             args[place] = descriptor
-        stream = triton.runtime.driver.active.get_current_stream(device)
+        if self.needs_scratch:
+            triton.set_allocator(scratch)
         compiled = self.compiled
         self.launch(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 

@@ -26,8 +26,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
-from ._launch import launcher
-from ._layout import is_hopper, load_rows, open_rows, rows_in_place, transposed, use_descriptors
+from ._launch import empty, launcher, recorded
+from ._layout import is_hopper, load_rows, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
@@ -163,7 +163,7 @@ def combine_kernel(
         b_s = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
 
 
-@launcher('c', 'states', 'decays')
+@launcher
 def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse, tma, precision):
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
@@ -181,7 +181,7 @@ def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse,
     return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
-@launcher('decays')
+@launcher
 def launch_combine(state, states, decays, cu_seqlens, N, T, segment, reverse):
     _, H, K, V = states.shape
     args = state, states, decays, cu_seqlens, N, T, segment, *((0,) * 4 if state is None else state.stride())
@@ -196,8 +196,8 @@ def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, rever
     H, V = v.shape[2:]
     N = count_sequences(B, cu_seqlens)
     slots = count_slots(B, T, segment, cu_seqlens)
-    states = torch.empty(slots, H, K, V, dtype=torch.float32, device=k.device)
-    decays = None if c is None else torch.empty(slots, H, dtype=torch.float32, device=k.device)
+    states = empty(k, slots, H, K, V, dtype=torch.float32)
+    decays = None if c is None else empty(k, slots, H, dtype=torch.float32)
     launch_summary((k, v, c, states, decays, cu_seqlens), scale, segment, reverse, use_descriptors(k, v), precision)
     launch_combine((state, states, decays, cu_seqlens), N, T, segment, reverse)
     return states
@@ -279,6 +279,23 @@ def segment_tokens(
     return chosen
 
 
+@recorded
+def forward_pass(q, k, v, g, initial_state, cu_seqlens, hopper, scale, output_final_state, precision, segment):
+    c = None if segment is None and hopper else sweep_gates(q, v, g, cu_seqlens)
+    state = initial_state
+    if segment is not None:
+        state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)
+    return *outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment), c, state
+
+
+@recorded
+def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, needs, scale, precision, segment):
+    dstate = dht
+    if segment is not None:
+        dstate = boundary_states(q, do, c, dht, scale, cu_seqlens, precision, segment, reverse=True)
+    return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
+
+
 class Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
@@ -287,26 +304,22 @@ class Chunk(torch.autograd.Function):
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         hopper = hopper_for(q, k, v)
         segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
-        c = None if segment is None and hopper else sweep_gates(q, v, g, cu_seqlens)
-        state = initial_state
-        if segment is not None:
-            state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)
+        tensors = q, k, v, g, initial_state, cu_seqlens
+        o, final_state, c, state = forward_pass(tensors, hopper, scale, output_final_state, precision, segment)
         ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
         ctx.scale, ctx.precision, ctx.segment = scale, precision, segment
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, hopper, segment)
+        return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dht):
         q, k, v, g, c, h0, state, cu_seqlens = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
-        dstate = dht
-        if ctx.segment is not None:
-            dstate = boundary_states(q, do, c, dht, ctx.scale, cu_seqlens, ctx.precision, ctx.segment, reverse=True)
         needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        *dx, dh0 = gradients(needs, q, k, v, g, c, do, ctx.scale, cu_seqlens, ctx.precision, h0, state, dstate, ctx.segment)
-        return *dx, None, dh0, None, None
+        tensors = q, k, v, g, c, do, h0, state, dht, cu_seqlens
+        dq, dk, dv, dg, dh0 = backward_pass(tensors, needs, ctx.scale, ctx.precision, ctx.segment)
+        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
 
 
 def chunk_simple_gla(

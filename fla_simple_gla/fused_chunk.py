@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
-from ._launch import launcher
+from ._launch import empty, launcher, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -273,7 +273,7 @@ def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seq
     return chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
 
 
-@launcher('c', 'o', 'x_o', 'x_inter', 'anchors', 's_ds')
+@launcher
 def launch_sweep(
     q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, scale, slots, segment, BA, reverse, tma, precision,
 ):
@@ -310,14 +310,14 @@ def sweep(
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     N = count_sequences(B, cu_seqlens)
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
     if x is not None:
         NV = triton.cdiv(V, sweep_config(K, V, q.dtype, q.device).BV)
-        x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if reverse:
-            x_inter = torch.empty_like(x_o)
-            s_ds = torch.empty(NV, anchors.shape[0], H, dtype=torch.float32, device=q.device)
+            x_inter = empty(x_o, *x_o.shape)
+            s_ds = empty(q, NV, anchors.shape[0], H, dtype=torch.float32)
     # with packed sequences one more, the tokens behind them, which gets zeros
     slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
     if slots:
@@ -356,7 +356,7 @@ def hopper_for(*tensors: torch.Tensor):
     return _hopper_wide
 
 
-def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_state, hopper, segment=None):
+def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None):
     """`o`, and the final state or None, from the states that the sequences or their segments start with.
 
     c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
@@ -364,7 +364,7 @@ def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_sta
     final_state = None
     if output_final_state:
         N = count_sequences(q.shape[0], cu_seqlens)
-        final_state = q.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        final_state = empty(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     if hopper:
         o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
     else:
@@ -372,9 +372,9 @@ def outputs(q, k, v, g, c, scale, cu_seqlens, precision, state, output_final_sta
     return o, final_state
 
 
-def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_state, state, dstate, segment=None):
-    """dq, dk, dv, dg and dh0, each if it is needed, from the states that the sequences or their segments start with, and from the
-    gradients of those that they end with.
+def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment=None):
+    """dq and dk for each head of v, dv, dg and dh0, each if it is needed, from the states that the sequences or their segments start
+    with, and from the gradients of those that they end with.
     """
     need_q, need_k, need_v, need_g, need_h0 = needs
     B, T, H, V = v.shape
@@ -388,9 +388,9 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
     dq = dk = dv = dg = dh0 = y = None
     if need_g:
         size = hopper.anchor_size(K, V) if hopper else K * V
-        anchors = q.new_empty(count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
+        anchors = empty(q, count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
     if need_h0:
-        dh0 = torch.empty_like(initial_state)
+        dh0 = empty(initial_state, *initial_state.shape)
 
     if hopper:
         BT = hopper.CHUNK
@@ -417,7 +417,18 @@ def gradients(needs, q, k, v, g, c, do, scale, cu_seqlens, precision, initial_st
             dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
     if need_g:
         dg = gate_gradient(g, w, y, z, s_ds, BA, BT, q.dtype, initial_state is not None, cu_seqlens)
-    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+    return dq, dk, dv, dg, dh0
+
+
+@recorded
+def forward_pass(q, k, v, g, initial_state, cu_seqlens, hopper, scale, output_final_state, precision):
+    c = None if hopper else sweep_gates(q, v, g, cu_seqlens)
+    return *outputs(q, k, v, g, c, initial_state, cu_seqlens, hopper, scale, output_final_state, precision), c
+
+
+@recorded
+def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scale, precision):
+    return gradients(q, k, v, g, c, do, initial_state, initial_state, dht, cu_seqlens, needs, scale, precision)
 
 
 class FusedChunk(torch.autograd.Function):
@@ -425,12 +436,12 @@ class FusedChunk(torch.autograd.Function):
     def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        hopper = hopper_for(q, k, v)
-        c = None if hopper else sweep_gates(q, v, g, cu_seqlens)
+        tensors = q, k, v, g, initial_state, cu_seqlens
+        o, final_state, c = forward_pass(tensors, hopper_for(q, k, v), scale, output_final_state, precision)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.precision = scale, precision
         ctx.set_materialize_grads(False)
-        return outputs(q, k, v, g, c, scale, cu_seqlens, precision, initial_state, output_final_state, hopper)
+        return o, final_state
 
     @staticmethod
     @once_differentiable
@@ -438,8 +449,8 @@ class FusedChunk(torch.autograd.Function):
         q, k, v, g, c, h0, cu_seqlens = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_in_place(do)
         needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        *dx, dh0 = gradients(needs, q, k, v, g, c, do, ctx.scale, cu_seqlens, ctx.precision, h0, h0, dht)
-        return *dx, None, dh0, None, None
+        dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, c, do, h0, dht, cu_seqlens), needs, ctx.scale, ctx.precision)
+        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
 
 
 def fp32_precision(dtype: torch.dtype) -> str | None:

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import launcher
+from ._launch import empty, launcher, recorded, zeros
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
@@ -421,7 +421,7 @@ def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -
     return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
 
 
-@launcher('c', 'sums', 'o', 'x_o', 'crossing', 'attention')
+@launcher
 def launch_attention(q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens, scale, reverse, tma, precision):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
@@ -451,21 +451,21 @@ def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_att
     config = attention_config(K, V, q.dtype, q.device)
     BT, NV = config.BT, triton.cdiv(V, config.BV)
     slots, NB = count_slots(B, T, BT, cu_seqlens), triton.cdiv(T, BT)
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
+    o = empty(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:
-        x_o = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if not reverse:
             # zeros, because tiles without anything are skipped
-            crossing = torch.zeros(NV, slots, H, NB, dtype=torch.float32, device=q.device)
-    attention = torch.zeros(B, H, T, T, dtype=q.dtype, device=q.device) if output_attentions else None
+            crossing = zeros(q, NV, slots, H, NB, dtype=torch.float32)
+    attention = zeros(q, B, H, T, T) if output_attentions else None
     if o.numel():
         tensors = q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens
         launch_attention(tensors, scale, reverse, use_descriptors(q, k, v, o, x), precision)
     return o, attention, x_o, crossing
 
 
-@launcher('sums', 'ranges')
+@launcher
 def launch_block_sums(c, sums, ranges, cu_seqlens, scale, N, T):
     _, slots, H, BT = c.shape
     args = c, sums, ranges, cu_seqlens, scale, N, T, c[0].numel(), slots
@@ -477,14 +477,14 @@ def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None,
     `[2, slots, H]` in int32.
     """
     slots, H = c.shape[1:3]
-    sums = torch.empty(3, slots, H, dtype=torch.float64, device=c.device)
-    ranges = torch.empty(2, slots, H, dtype=torch.int32, device=c.device) if with_ranges else None
+    sums = empty(c, 3, slots, H, dtype=torch.float64)
+    ranges = empty(c, 2, slots, H, dtype=torch.int32) if with_ranges else None
     if sums.numel():
         launch_block_sums((c, sums, ranges, cu_seqlens), scale, count_sequences(B, cu_seqlens), T)
     return sums, ranges
 
 
-@launcher('dg', 'z')
+@launcher
 def launch_gate_gradient(g, dg, w, z, crossing, cu_seqlens, BT):
     B, T, H = g.shape
     NC, slots, _, NB = crossing.shape
@@ -494,7 +494,7 @@ def launch_gate_gradient(g, dg, w, z, crossing, cu_seqlens, BT):
 
 def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
     """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NC, slots, H, NB]`."""
-    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    dg = empty(g, *g.shape)
     if dg.numel():
         launch_gate_gradient((g, dg, w, z, crossing, cu_seqlens), BT)
     return dg
@@ -508,21 +508,48 @@ def hopper_for(q, k, v):
     return _hopper_parallel
 
 
+@recorded
+def forward_pass(q, k, v, g, cu_seqlens, hopper, scale, output_attentions, precision):
+    BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+    c = sums = ranges = attention = None
+    if g is not None:
+        c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+        sums, ranges = block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
+    if hopper:
+        o, *_ = hopper.walk(q, k, v, c, sums, ranges, scale, cu_seqlens)
+    else:
+        o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
+    return o, attention, c, sums, ranges
+
+
+@recorded
+def backward_pass(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, scale, precision):
+    """dq and dk for each head of v, dv and dg, each if it is needed."""
+    need_q, need_k, need_v, need_g = needs
+    if hopper:
+        forward = functools.partial(hopper.walk, c=c, sums=sums, ranges=ranges, scale=scale, cu_seqlens=cu_seqlens)
+    else:
+        forward = functools.partial(attend, c=c, sums=sums, scale=scale, cu_seqlens=cu_seqlens, precision=precision)
+    reverse = functools.partial(forward, reverse=True)
+    dq = dk = dv = dg = None
+    if need_q or need_g:
+        dq, *_, w, crossing = forward(do, v, k, x=q if need_g else None)
+    if need_k or need_g:
+        dk, *_, z, _ = reverse(v, do, q, x=k if need_g else None)
+    if need_g:
+        dg = gate_gradient(g, w, z, crossing, c.shape[-1], cu_seqlens)
+    if need_v:
+        dv, *_ = reverse(k, q, do)
+    return dq, dk, dv, dg
+
+
 class Parallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, scale, output_attentions, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
         hopper = None if output_attentions else hopper_for(q, k, v)
-        BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
-        c = sums = ranges = attention = None
-        if g is not None:
-            c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
-            sums, ranges = block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
-        if hopper:
-            o, *_ = hopper.walk(q, k, v, c, sums, None if ranges is None else ranges[0], scale, cu_seqlens)
-        else:
-            o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
+        o, attention, c, sums, ranges = forward_pass((q, k, v, g, cu_seqlens), hopper, scale, output_attentions, precision)
         ctx.save_for_backward(q, k, v, g, c, sums, ranges, cu_seqlens)
         ctx.scale, ctx.precision, ctx.hopper = scale, precision, hopper
         if attention is not None:
@@ -533,26 +560,12 @@ class Parallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, _):
         q, k, v, g, c, sums, ranges, cu_seqlens = ctx.saved_tensors
-        need_q, need_k, need_v, need_g, *_ = ctx.needs_input_grad
         do = rows_in_place(do)
-        if ctx.hopper:
-            # the blocks of the forward are theirs
-            do = do if hopper_for(q, k, do) else do.contiguous()
-            lo, hi = (None, None) if ranges is None else ranges
-            run = functools.partial(ctx.hopper.walk, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens)
-            forward, reverse = functools.partial(run, ranges=lo), functools.partial(run, ranges=hi, reverse=True)
-        else:
-            forward = functools.partial(attend, c=c, sums=sums, scale=ctx.scale, cu_seqlens=cu_seqlens, precision=ctx.precision)
-            reverse = functools.partial(forward, reverse=True)
-        dq = dk = dv = dg = None
-        if need_q or need_g:
-            dq, *_, w, crossing = forward(do, v, k, x=q if need_g else None)
-        if need_k or need_g:
-            dk, *_, z, _ = reverse(v, do, q, x=k if need_g else None)
-        if need_g:
-            dg = gate_gradient(g, w, z, crossing, c.shape[-1], cu_seqlens)
-        if need_v:
-            dv, *_ = reverse(k, q, do)
+        if ctx.hopper and not hopper_for(q, k, do):
+            # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
+            do = do.contiguous()
+        tensors = q, k, v, g, c, sums, ranges, do, cu_seqlens
+        dq, dk, dv, dg = backward_pass(tensors, ctx.needs_input_grad[:4], ctx.hopper, ctx.scale, ctx.precision)
         return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, None, None
 
 

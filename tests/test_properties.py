@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import weakref
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -197,6 +199,7 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch, monkeypatch):
         assert (walks_for(*tensors(make_inputs(Case(200, K=K, V=K, dtype=HALF)), 'q', 'k', 'v')) is not None) == taken
 
     # chunk and fused_chunk take them, forward and backward
+    monkeypatch.setattr(_launch, 'DIRECT', False)
     case = Case(200, K=64, V=64, dtype=HALF)
     module = hopper_for(*tensors(make_inputs(case), 'q', 'k', 'v'))
     calls = mock.Mock(**{f'{name}.side_effect': getattr(module, name) for name in ('sweep', 'reverse_sweep')})
@@ -221,20 +224,118 @@ def test_anchors_fit_into_segments():
 
 
 @pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
-@pytest.mark.parametrize('mode', MODES)
-def test_known_launches(mode, monkeypatch):
-    """The bits of launches whose kernel is found by the layouts are those of launches that triton sees in full, whatever came before."""
-    layouts = [dict(layout=layout) for layout in ('contiguous', 'wide', 'odd', 'heads_first')]
+@pytest.mark.parametrize('mode', CHUNKED)
+def test_recorded_passes(mode, monkeypatch):
+    """The bits of passes that are replayed are those of passes whose launches triton sees in full, whatever came before."""
+    layouts = [dict(layout=layout) for layout in ('contiguous', 'wide', 'odd', 'heads_first', 'qkv')]
     others = [dict(T=1), dict(H=1), dict(gate=None), dict(scale=1.0), dict(cu_seqlens=(0, 130, 250)), dict(dtype=torch.float32)]
     cases = [Case(**dict(T=300, K=64, V=64, dtype=HALF) | change).of(mode) for change in layouts + others]
     with monkeypatch.context() as patch:
         patch.setattr(_launch, 'DIRECT', False)
         expected = [run(MODES[mode], case) for case in cases]
     kept = []
-    for _ in range(3):
+    replays = mock.Mock(side_effect=_launch.Program.__call__)
+    for i in range(3):
         for case, results in zip(cases, expected):
             kept.append(make_inputs(case))  # no address comes twice
-            assert_same_bits(run(MODES[mode], case, kept[-1]), results)
+            with monkeypatch.context() as patch:
+                patch.setattr(_launch.Program, '__call__', lambda *args: replays(*args))
+                replays.reset_mock()
+                assert_same_bits(run(MODES[mode], case, kept[-1]), results)
+            # none is left out
+            assert i == 0 or replays.call_count == 2
+
+
+def test_what_a_recorded_pass_replays(monkeypatch):
+    """Without a GPU: which addresses its launches get, what it returns, and what it frees."""
+    made, seen = [], []
+
+    class Compiled:
+        metadata = packed_metadata = function = None
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: self
+
+        def run(*args):
+            seen.append([x for x in args[9:] if isinstance(x, int)])
+
+        run.global_scratch_size = 0
+
+    kernel = Compiled()
+    kernel.arg_names = ('x', 'y', 'z')
+    active = SimpleNamespace(get_current_stream=lambda device: 0)
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    fake = SimpleNamespace(compiler=SimpleNamespace(CompiledKernel=Compiled), runtime=runtime)
+    monkeypatch.setattr(_launch, 'triton', fake)
+    monkeypatch.setattr(_launch, 'observed', lambda: False)
+    monkeypatch.setattr(_launch, 'DIRECT', True)
+
+    @_launch.launcher
+    def launch(x, y, z, number):
+        return kernel, (1, 1, 1), (x, y, z), {}
+
+    @_launch.recorded
+    def a_pass(x, y, absent, number):
+        made.append(number)
+        between = _launch.empty(x, 5)
+        launch((x, None, between), number)
+        launch((between, y, None), number)
+        result = _launch.zeros(x, 3, dtype=torch.int32)
+        launch((result, None, None), number)
+        return result, absent, x
+
+    def call(x, y, number=1):
+        seen.clear()
+        result, absent, given = a_pass((x, y, None), number)
+        assert (result.tolist(), absent, given is x) == ([0, 0, 0], None, True)
+        return result
+
+    x, y = torch.ones(4), torch.ones(6)
+    call(x, y)
+    assert (made, seen) == ([1], [])
+    for again in ((x, y), (torch.ones(4), torch.ones(6))):
+        x, y = again
+        result = call(x, y)
+        (x_1, between_1), (between_2, y_2), (result_3,) = seen
+        assert (made, x_1, y_2, result_3) == ([1], x.data_ptr(), y.data_ptr(), result.data_ptr())
+        assert between_1 == between_2 not in (x_1, y_2)
+    # other numbers, layouts and shared addresses are other passes
+    for i, arguments in enumerate([(x, y, 2), (torch.ones(4, 2)[:, 0], y), (torch.ones(5), y), (x, x), (x.double(), y)]):
+        for _ in range(2):
+            call(*arguments)
+            assert len(made) == i + 2
+    assert seen[0][0] == arguments[0].data_ptr()
+    call(x, y)
+    assert seen[1][1] == y.data_ptr()
+    call(x, x)
+    assert seen[0][0] == seen[1][1] == x.data_ptr()
+
+    # what is not among the results is freed behind its last launch
+    new_empty, new_zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
+    between = []
+
+    def watched_empty(*args, **kwargs):
+        between.append(weakref.ref(x := new_empty(*args, **kwargs)))
+        return x
+
+    def watched_zeros(*args, **kwargs):
+        assert between[0]() is None
+        return new_zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
+    monkeypatch.setattr(torch.Tensor, 'new_zeros', watched_zeros)
+    call(x, y)
+    assert len(between) == 1
+
+    @_launch.recorded
+    def another(x):
+        launch((x, x + 1, None), 0)
+        made.append('another')
+        return (x,)
+
+    for _ in range(2):
+        another((x,))
+    assert made[-2:] == ['another'] * 2, 'a pass with a tensor of unknown origin was replayed'
 
 
 @pytest.mark.parametrize('mode', MODES)
