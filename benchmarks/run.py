@@ -23,6 +23,7 @@ import functools
 import importlib
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -113,16 +114,16 @@ def median(fn, warmup=25, rep=100) -> float:
     return do_bench(fn, warmup=warmup, rep=rep, return_mode='median')
 
 
-def host_time(fn, repeats=20) -> float:
-    """Milliseconds of a call on the host, with the GPU kept busy so that a call that waited for it would show."""
+def host_time(fn, repeats=50) -> float:
+    """Milliseconds that a call keeps the host, the median, with the GPU kept busy so that a call that waited for it would show."""
     torch.cuda.synchronize()
     torch.cuda._sleep(2 * 10**8)  # cycles, some 0.1 s
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(repeats):
         fn()
-    elapsed = time.perf_counter() - start
+        times.append(time.perf_counter())
     torch.cuda.synchronize()
-    return elapsed / repeats * 1e3
+    return statistics.median(end - start for start, end in zip(times, times[1:])) * 1e3
 
 
 def copy_bandwidth() -> float:

@@ -215,8 +215,8 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
             c_j = sums.index(i_p).load(gl.SliceLayout(0, layout))
             decay = gl.where(o_i[:, None] >= o_j[None, :], gl.exp2(c_i[:, None] - c_j[None, :]), 0.0) * scale
             b_p = warpgroup_mma_wait(0, (b_p,))
-            b_p = (b_p * decay).to(ps.dtype)
-            ps.index(i_p).store(b_p)
+            b_p = b_p * decay
+            ps.index(i_p).store(b_p.to(ps.dtype))
             fence_async_shared()
             mbarrier.arrive(p_full.index(i_p), count=1)
             if X:
@@ -227,7 +227,7 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
                 b_a = warpgroup_mma_wait(0, (b_a,))
                 mbarrier.arrive(empty.index(i), count=1)
                 mbarrier.arrive(x_empty.index(i_x), count=1)
-                b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p.to(gl.float32), 0.0)
+                b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p, 0.0)
                 gl.store(y + (i_b * H + i_h) * T + first + i_t + o_i, gl.sum(b_a, 1), mask=first + i_t + o_i < end)
                 b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
                 mbarrier.wait(s_empty.index(i_s), s_phase)
@@ -342,18 +342,24 @@ def state(
 
 
 @gluon.jit
-def sum_of_four(x):
-    """The rows of a slice of 16, four of which a thread has."""
-    return gl.sum(gl.sum(x.reshape([4, 2, 2, C]), 2), 1)
+def sum_parts(partial, start, PARTS: gl.constexpr):
+    """The sums of the rows of PARTS buffers, as those of every fourth row."""
+    # A warp has half of the columns, and a thread 4 of them in 2 rows of a slice: few, as it has few registers.
+    layout: gl.constexpr = gl.BlockedLayout([2, 4], [4, 8], [1, 2], [1, 0])
+    SLICES: gl.constexpr = partial.shape[1] // 8
+    total = gl.sum(partial.index(start).slice(0, 8, dim=0).load(layout).reshape([4, 2, C]), 1)
+    for j in gl.static_range(1, SLICES * PARTS):
+        rows = partial.index(start + j // SLICES).slice(j % SLICES * 8, 8, dim=0).load(layout)
+        total += gl.sum(rows.reshape([4, 2, C]), 1)
+    return total
 
 
 @gluon.jit
-def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
+def row_sums(work, x_o, pairs, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
+    """x . o, and with pairs, behind the partial sums of which lie those of another x . o, what that one has more."""
     cu_seqlens, units, N, T, segment = work
-    # a warp has half of the columns, and a thread 4 of them in 4 rows of a slice
-    layout: gl.constexpr = gl.BlockedLayout([4, 4], [4, 8], [1, 2], [1, 0])
-    PARTS: gl.constexpr = partial.shape[0] // full.shape[0]
-    SLICES: gl.constexpr = partial.shape[1] // 16
+    BUFFERS: gl.constexpr = partial.shape[0] // full.shape[0]
+    PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
@@ -362,16 +368,16 @@ def row_sums(work, x_o, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.cons
         for i_c in range(NT):
             i_t = (NT - 1 - i_c if REVERSE else i_c) * C
             mbarrier.wait(full.index(i), phase)
-            b_x = sum_of_four(partial.index(i * PARTS).slice(0, 16, dim=0).load(layout))
-            for j in gl.static_range(1, SLICES * PARTS):
-                b_x += sum_of_four(partial.index(i * PARTS + j // SLICES).slice(j % SLICES * 16, 16, dim=0).load(layout))
-            b_x = gl.sum(b_x, 0)
+            b_x = gl.sum(sum_parts(partial, i * BUFFERS, PARTS), 0)
             r = gl.arange(0, C, b_x.type.layout)
-            p_x = x_o + (i_b * H + i_h) * T + first + i_t + r
+            o_x = (i_b * H + i_h) * T + first + i_t + r
+            mask = r < end - first - i_t
             # A buffer is given back behind something that needs what was read of it. An arrival does not wait for the loads before it:
             # where x was given back right behind them, its sums were now and then those of the next tile, which TMA had put there
             # meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the barrier and the arrival).
-            gl.store(p_x, b_x, mask=r < end - first - i_t)
+            gl.store(x_o + o_x, b_x, mask=mask)
+            if pairs is not None:
+                gl.store(pairs + o_x, gl.sum(sum_parts(partial, i * BUFFERS + PARTS, PARTS), 0) - b_x, mask=mask)
             mbarrier.arrive(empty.index(i), count=1)
             i, phase = advance(i, phase, full.shape[0])
 
@@ -699,7 +705,7 @@ def sweep_kernel(
                 (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
                 (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
-                (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
+                (row_sums, (work, x_o, None, partial, s_full, s_empty, H, SEGMENTS, False)),
             ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
             gl.warp_specialize([
@@ -715,7 +721,7 @@ def sweep_kernel(
             (products, (work, scale, y, (qs, ks, vs, ps), gate_bufs, product_bars, x_bufs, H, SEGMENTS, X)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, False)),
             (load, (work, descs, load_tiles, load_bars, H, GQ, GV, SEGMENTS, X)),
-            (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, False)),
+            (row_sums, (work, x_o, None, partial, s_full, s_empty, H, SEGMENTS, False)),
         ], [4, 1, 1, 2], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
@@ -793,7 +799,7 @@ def reverse_kernel(
                 (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
                 (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
                 (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
-                (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
+                (row_sums, (work, z, None, partial, z_full, z_empty, H, SEGMENTS, True)),
             ], [4, 4, 1, 1, 2], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
         else:
             gl.warp_specialize([
@@ -809,7 +815,7 @@ def reverse_kernel(
             (keys, (work, scale, desc_dk, key_tiles, gate_bufs, bars, H, SEGMENTS)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, g_empty, H, SEGMENTS, True)),
             (reverse_load, (work, descs, load_tiles, (full, empty), anchor, H, GK, BA, SEGMENTS, DG)),
-            (row_sums, (work, z, partial, z_full, z_empty, H, SEGMENTS, True)),
+            (row_sums, (work, z, None, partial, z_full, z_empty, H, SEGMENTS, True)),
         ], [4, 1, 1, 2], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
@@ -875,7 +881,7 @@ def registers(states: int, products: int, others: int) -> dict[str, int]:
 # where two programs share a multiprocessor; with fewer for the states ptxas puts a wait behind every product (C7512).
 SWEEP = {
     (64, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, maxnreg=80) | registers(144, 64, 32),
-    (64, True): dict(STAGES=2, X_STAGES=1, PRODUCTS=2, SUMS=1, maxnreg=80) | registers(144, 72, 24),
+    (64, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=2, SUMS=1, maxnreg=80) | registers(144, 72, 24),
     (128, False): dict(STAGES=3, X_STAGES=1, PRODUCTS=3, SUMS=1, maxnreg=128) | registers(200, 80, 32),
     (128, True): dict(STAGES=2, X_STAGES=2, PRODUCTS=3, SUMS=2, maxnreg=128) | registers(192, 96, 32),
 }

@@ -10,12 +10,8 @@ at the same time and finds q and k in the L2 cache, takes the rest: the grid is 
 - `row_sums` adds up what these two leave of x . o.
 
 One kernel makes all four sweeps, in either direction: o, dq, dk and dv, with the roles that `fused_chunk.py` describes. For dg the
-sweep for dq leaves w, y and anchors, and the one for dk z and what the anchors give (`_gates.py`). The pairs inside a chunk,
-
-    A_ij = scale * exp(c_i - c_j) (do_i . v_j) (q_i . k_j)        for i > j,
-
-are at hand forward in time: with x = q and v = k, P holds the first half and x . v the second. The second is a sum over columns,
-of which each of the two programs has its own, so that what they leave adds up.
+sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give (`_gates.py`): as in the plain sweeps, w is the whole
+of q . dq, and y what of k . dk comes from pairs inside a chunk, which are rows of products that are there anyway.
 
 A warp group holds its 64 columns of the state as four tensors [64 of V, 64 of K]: they are converted for the tensor cores, multiplied
 and waited for one after the other, as the registers have no room for a copy of the whole.
@@ -117,15 +113,11 @@ def load(
 
 
 @gluon.jit
-def products(
-    work, scale, y, tiles, sums, bars, x_bufs, x_bars, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, PAIRS: gl.constexpr,
-):
-    """P of each chunk, and with PAIRS the sums of A; both in two halves of their columns."""
+def products(work, scale, tiles, sums, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
+    """P of each chunk, in two halves of its columns."""
     cu_seqlens, units, N, T, segment = work
-    qs, ks, vs, ps = tiles
-    q_full, k_full, v_full, v_empty, p_full, g_full = bars
-    xs, partial = x_bufs
-    x_full, x_empty, s_full, s_empty = x_bars
+    qs, ks, ps = tiles
+    q_full, k_full, p_full, g_full = bars
     HALF: gl.constexpr = C // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
@@ -133,9 +125,8 @@ def products(
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
-        NT = (end - first + C - 1) // C
-        for n in range(NT):
+        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        for _ in range(0, end - first, C):
             mbarrier.wait(q_full.index(i), phase)
             mbarrier.wait(k_full.index(i), phase)
             for j in gl.static_range(2):
@@ -158,28 +149,6 @@ def products(
                 ps.index(i).slice(j * HALF, HALF, dim=1).store((b_p * decay).to(ps.dtype))
             fence_async_shared()
             mbarrier.arrive(p_full.index(i), count=1)
-            if PAIRS:
-                mbarrier.wait(v_full.index(i), phase)
-                mbarrier.wait(x_full.index(0), i)
-                b_y = gl.zeros([C], gl.float32, gl.SliceLayout(1, layout))
-                for j in gl.static_range(2):
-                    b_a = warpgroup_mma(
-                        xs.index(0), vs.index(i).slice(j * HALF, HALF, dim=0).permute((1, 0)), gl.zeros([C, HALF], gl.float32, layout),
-                        use_acc=False, is_async=True,
-                    )
-                    b_p = ps.index(i).slice(j * HALF, HALF, dim=1).load(layout)
-                    b_a = warpgroup_mma_wait(0, (b_a,))
-                    b_a = gl.where(o_i[:, None] > o_j[None, :] + j * HALF, -b_a * b_p.to(gl.float32), 0.0)
-                    b_y += gl.sum(b_a, 1)
-                    b_a = fold(b_a)
-                    if j == 0:
-                        mbarrier.wait(s_empty.index(0), i ^ 1)
-                    partial.index(2).slice(j * HALF, HALF, dim=1).store(b_a)
-                mbarrier.arrive(s_full.index(0), count=1)
-                mbarrier.arrive(v_empty.index(i), count=1)
-                mbarrier.arrive(x_empty.index(0), count=1)
-                o_t = first + n * C + o_i
-                gl.store(y + (i_b * H + i_h) * T + o_t, b_y, mask=o_t < end)
             i, phase = advance(i, phase, STAGES)
 
 
@@ -198,6 +167,11 @@ def store_piece(p_s, strides, o_v, o_k, b_s, K, V):
     o_v = here(o_v)[:, None]
     o_k = here(o_k)[None, :]
     gl.store(p_s + (o_v.to(gl.int64) * s_v + o_k.to(gl.int64) * s_k), b_s, mask=(o_v < V) & (o_k < K))
+
+
+@gluon.jit
+def load_x(xs, W: gl.constexpr, operand: gl.constexpr, layout: gl.constexpr):
+    return gl.convert_layout(xs.index(0).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand), layout).to(gl.float32)
 
 
 @gluon.jit
@@ -318,15 +292,11 @@ def state(
             s2 = s2 * decay[None, :]
             s3 = s3 * decay[None, :]
             b_o = b_o * of_o.index(i).load(gl.SliceLayout(0, layout))[None, :]
-            if X:
+            if X and REVERSE:
                 mbarrier.wait(x_full.index(0), i)
-                b_x = gl.convert_layout(xs.index(0).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand), layout)
-                b_x = fold(b_o * b_x.to(gl.float32))
+                b_x = fold(b_o * load_x(xs, W, operand, layout))
                 mbarrier.wait(s_empty.index(0), i ^ 1)
                 partial.index(W).store(b_x)
-                mbarrier.arrive(s_full.index(0), count=1)
-                # not before the sums are written: see `row_sums`
-                mbarrier.arrive(x_empty.index(0), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_v = vs.index(i).slice(W * BS, BS, dim=1).permute((1, 0))
             b_d = (b_v.load(operand).to(gl.float32) * of_v.index(i).load(gl.SliceLayout(0, operand))[None, :]).to(dtype)
@@ -349,6 +319,16 @@ def state(
             s0, s1, s2, s3 = warpgroup_mma_wait(0, (s0, s1, s2, s3))
             mbarrier.arrive(p_empty.index(i), count=1)
             mbarrier.arrive(k_empty.index(i), count=1)
+            if X:
+                if not REVERSE:
+                    mbarrier.wait(x_full.index(0), i)
+                b_x = fold(b_o * load_x(xs, W, operand, layout))
+                if not REVERSE:
+                    mbarrier.wait(s_empty.index(0), i ^ 1)
+                partial.index(W + (2 if REVERSE else 0)).store(b_x)
+                mbarrier.arrive(s_full.index(0), count=1)
+                # not before the sums are written: see `row_sums`
+                mbarrier.arrive(x_empty.index(0), count=1)
             i, phase = advance(i, phase, STAGES)
         clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, i_v, SEGMENTS)
         if state_out is not None:
@@ -372,7 +352,7 @@ def wide_sweep_kernel(
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
-    SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr, PAIRS: gl.constexpr,
+    SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = desc_q.dtype
@@ -389,25 +369,27 @@ def wide_sweep_kernel(
     from_start = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
     to_end = gl.allocate_shared_memory(gl.float32, [STAGES, C], row)
     decays = gl.allocate_shared_memory(gl.float32, [STAGES, 1], row)
-    # who arrives: the load, once; the two states, and where they read it the products; the products; the gates
+    # who arrives: the load, once; the two states; the products; the gates
     q_full = buffers(STAGES, 1)
     q_empty = buffers(STAGES, 2)
     k_full = buffers(STAGES, 1)
     k_empty = buffers(STAGES, 2)
     v_full = buffers(STAGES, 1)
-    v_empty = buffers(STAGES, 2 + PAIRS)
+    v_empty = buffers(STAGES, 2)
     p_full = buffers(STAGES, 1)
     p_empty = buffers(STAGES, 2)
     g_full = buffers(STAGES, 1)
     if X:
         xs = gl.allocate_shared_memory(dtype, [1, C, BV], by_v)
-        partial = gl.allocate_shared_memory(gl.float32, [2 + PAIRS, ROWS, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        partial = gl.allocate_shared_memory(
+            gl.float32, [4 if REVERSE else 2, ROWS, C], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]),
+        )
         x_full = buffers(1, 1)
-        x_empty = buffers(1, 2 + PAIRS)
-        s_full = buffers(1, 2 + PAIRS)
+        x_empty = buffers(1, 2)
+        s_full = buffers(1, 2)
         s_empty = buffers(1, 1)
         x_o += gl.program_id(1).to(gl.int64) * part
-        if PAIRS:
+        if REVERSE:
             y += gl.program_id(1).to(gl.int64) * part
     else:
         xs = vs
@@ -426,7 +408,7 @@ def wide_sweep_kernel(
     x_bars = (x_full, x_empty, s_full, s_empty)
     tiles = (qs, ks, vs, ps, os)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, p_full, p_empty, g_full)
-    product_bars = (q_full, k_full, v_full, v_empty, p_full, g_full)
+    product_bars = (q_full, k_full, p_full, g_full)
     load_bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     descs = (desc_q, desc_k, desc_v, desc_x)
     load_tiles = (qs, ks, vs, xs)
@@ -435,27 +417,23 @@ def wide_sweep_kernel(
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 0, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
-            (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
+            (products, (work, scale, (qs, ks, ps), sums, product_bars, H, SEGMENTS, REVERSE)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
             (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, V, BA, SEGMENTS, REVERSE, X)),
-            (row_sums, (work, x_o, partial, s_full, s_empty, H, SEGMENTS, REVERSE)),
+            (row_sums, (work, x_o, y, partial, s_full, s_empty, H, SEGMENTS, REVERSE)),
         ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
     else:
         gl.warp_specialize([
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 0, H, K, V, BA, SEGMENTS, REVERSE, X)),
             (state, (work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs, x_bars, 1, H, K, V, BA, SEGMENTS, REVERSE, X)),
-            (products, (work, scale, y, (qs, ks, vs, ps), sums, product_bars, x_bufs, x_bars, H, SEGMENTS, REVERSE, PAIRS)),
+            (products, (work, scale, (qs, ks, ps), sums, product_bars, H, SEGMENTS, REVERSE)),
             (gates, (work, g, (g_b, g_t, g_h), scale, sums, from_start, to_end, decays, g_full, p_empty, H, SEGMENTS, REVERSE)),
             (load, (work, descs, load_tiles, load_bars, (x_full, x_empty), anchor, H, GQ, GV, V, BA, SEGMENTS, REVERSE, X)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])
 
 
-# By whether the products make A as well. With 208 for the states where they do not, ptxas of triton 3.6 puts a wait behind every wgmma
-# (C7512), as that of triton 3.9 does in any case.
-REGISTERS = {
-    False: dict(STATE_REGISTERS=216, PRODUCT_REGISTERS=56, OTHER_REGISTERS=24),
-    True: dict(STATE_REGISTERS=208, PRODUCT_REGISTERS=64, OTHER_REGISTERS=32),
-}
+# With 208 for the states ptxas of triton 3.6 puts a wait behind every wgmma (C7512), as that of triton 3.9 does in any case.
+REGISTERS = dict(STATE_REGISTERS=216, PRODUCT_REGISTERS=56, OTHER_REGISTERS=24)
 
 
 @launcher
@@ -474,8 +452,8 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, c
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
     )
     constants = dict(
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None, PAIRS=y is not None,
-        **REGISTERS[y is not None], maxnreg=128, num_warps=4,
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None,
+        **REGISTERS, maxnreg=128, num_warps=4,
     )
     return wide_sweep_kernel, (min(units, max(processors(q.device) // halves, 1)), halves, 1), args, constants
 
@@ -493,9 +471,9 @@ def sweep(
     q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs
-    (`_gates.py`), else None three times: the rows `x . o [halves, B, H, T]` of what of o comes from the carried state; forward in time
-    `y [halves, B, H, T]`, of which the sums over i are already in these rows; and back in time
-    `<anchor, state> [8 * halves, blocks + N, H]`, one of each warp. The halves are those of V, one where V is up to 128.
+    (`_gates.py`), else None three times: forward in time the rows `x . o [halves, B, H, T]`; back in time these in two parts, of the
+    carried state and of pairs inside a chunk, and `<anchor, state> [8 * halves, blocks + N, H]`, one of each warp. The halves are those
+    of V, one where V is up to 128.
 
     H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -507,8 +485,7 @@ def sweep(
     if x is not None:
         x_o = empty(q, count_halves(V), B, H, T, dtype=torch.float32)
         if reverse:
-            s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
-        else:
             y = empty(x_o, *x_o.shape)
+            s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
     launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
     return o, x_o, y, s_ds
