@@ -3,7 +3,7 @@
 At each launch triton binds the arguments anew, finds out what of them to specialise on, looks for the kernel, and encodes the tensor
 descriptors: that takes longer than a small kernel runs. But what a pass of a mode allocates and launches, with all its numbers, follows
 from the layouts of the tensors that it is given. So it is recorded the first time, and later ones with the same layouts replay it: they
-allocate, put in the addresses, and launch.
+allocate, put in the addresses, and launch. The first time itself is shorter for it: the kernels of a pass are compiled side by side.
 """
 
 import copy
@@ -11,6 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -34,6 +35,8 @@ class Recording(threading.local):
 
 
 recording = Recording()
+# device, kernel and constants; what triton specialises beyond that is compiled at the launch
+asked_for = set()
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -62,11 +65,12 @@ def launcher(plan: Callable) -> Callable:
 
     @functools.wraps(plan)
     def launch(tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
-        kernel, grid, args, constants = plan(*tensors, *numbers)
-        compiled = kernel[grid](*args, **constants)
+        planned = plan(*tensors, *numbers)
         if recording.program is not None:
-            args = *args, *(constants[name] for name in kernel.arg_names[len(args):])
-            recording.program.launched(compiled, grid, args, tensors)
+            recording.program.planned(planned, tensors)
+        else:
+            kernel, grid, args, constants = planned
+            kernel[grid](*args, **constants)
 
     return launch
 
@@ -107,6 +111,7 @@ def recorded(run: Callable) -> Callable:
             results = run(*tensors, *numbers)
         finally:
             recording.program = None
+        program.launch(device)
         if program.finish(results):
             programs[key] = program
         return results
@@ -130,17 +135,26 @@ class Program:
         self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.count
         self.count += 1
 
-    def launched(self, compiled, grid, args, tensors):
+    def planned(self, planned, tensors):
         numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
-        if not isinstance(compiled, triton.compiler.CompiledKernel) or any(
-            x is not None and number is None for x, number in zip(tensors, numbers)
-        ):
-            self.complete = False
-        else:
-            self.steps.append((Launch(compiled, grid, args, tensors), numbers, None))
+        self.complete &= all(x is None or number is not None for x, number in zip(tensors, numbers))
+        self.steps.append(((*planned, tensors), numbers, None))
+
+    def launch(self, device):
+        """Launch what is planned, the usual way."""
+        places = [i for i, (what, _, dtype) in enumerate(self.steps) if dtype is None]
+        compile_all([self.steps[i][0] for i in places], device)
+        for i in places:
+            (kernel, grid, args, constants, tensors), numbers, _ = self.steps[i]
+            compiled = kernel[grid](*args, **constants)
+            if isinstance(compiled, triton.compiler.CompiledKernel):
+                args = *args, *(constants[name] for name in kernel.arg_names[len(args):])
+                self.steps[i] = Launch(compiled, grid, args, tensors), numbers, None
+            else:
+                self.complete = False
 
     def finish(self, results):
-        """Note the results, and free behind its last launch what is not among them; whether all of the pass could be recorded."""
+        """Note the results, and free behind its last launch what is not among them; whether all of the pass is recorded."""
         self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
         del self.by_address, self.by_identity
         needed = set(self.results)
@@ -168,6 +182,27 @@ class Program:
                 tensors.append(getattr(like, what)(which, dtype=dtype))
                 addresses.append(tensors[-1].data_ptr())
         return tuple([None if i is None else tensors[i] for i in self.results])
+
+
+def compile_all(planned, device):
+    """Bring kernels into triton's cache and onto the device, those that were not asked for before."""
+
+    def load(kernel):
+        kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
+        with torch.cuda.device(device):
+            return kernel and kernel.run  # which compiles a launcher too, in triton 3.6
+
+    new = {}
+    for kernel, grid, args, constants, _ in planned:
+        new.setdefault((device, kernel, *constants.items()), (kernel, grid, args, constants))
+    new = {key: plan for key, plan in new.items() if key not in asked_for}
+    if len(new) > 1:
+        with ThreadPoolExecutor() as pool:
+            with triton.AsyncCompileMode(pool):
+                kernels = [kernel.warmup(*args, grid=grid, **constants) for kernel, grid, args, constants in new.values()]
+            for _ in pool.map(load, kernels):
+                pass
+    asked_for.update(new)
 
 
 class Launch:

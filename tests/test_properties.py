@@ -268,6 +268,7 @@ def test_what_a_recorded_pass_replays(monkeypatch):
     fake = SimpleNamespace(compiler=SimpleNamespace(CompiledKernel=Compiled), runtime=runtime)
     monkeypatch.setattr(_launch, 'triton', fake)
     monkeypatch.setattr(_launch, 'observed', lambda: False)
+    monkeypatch.setattr(_launch, 'compile_all', lambda planned, device: None)
     monkeypatch.setattr(_launch, 'DIRECT', True)
 
     @_launch.launcher
