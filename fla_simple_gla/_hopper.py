@@ -284,7 +284,7 @@ def state(
         NT = (end - first + C - 1) // C
         for i_c in range(NT):
             if X:
-                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, i_n, first, bos, eos, T, BA)
                 if wanted:
                     # the reverse sweep holds the state the other way round
                     b_a = gl.inline_asm_elementwise(
@@ -383,11 +383,13 @@ def row_sums(work, x_o, pairs, partial, full, empty, H: gl.constexpr, SEGMENTS: 
 
 
 @gluon.jit
-def anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA: gl.constexpr):
-    """Whether there is an anchor for chunk i_c of a unit of NT (`_gates.py`), and its slot."""
-    ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == NT - 1)
-    slot = first_slot(cu_seqlens, i_n, bos, T, BA) + (first - bos) // BA + i_c // (BA // C)
-    return ends_block | (i_c == (eos - first + C - 1) // C - 2), gl.where(ends_block, slot, blocks + i_n)
+def anchor_of(cu_seqlens, blocks, i_c, i_n, first, bos, eos, T, BA: gl.constexpr):
+    """Whether there is an anchor for chunk i_c of a unit (`_gates.py`), and its slot. Anchor blocks are the sequence's, not the unit's."""
+    i_c += (first - bos) // C
+    last = (eos - bos + C - 1) // C - 1
+    ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == last)
+    slot = first_slot(cu_seqlens, i_n, bos, T, BA) + i_c // (BA // C)
+    return ends_block | (i_c == last - 1), gl.where(ends_block, slot, blocks + i_n)
 
 
 @gluon.jit
@@ -456,7 +458,7 @@ def reverse_load(
             mbarrier.wait(empty.index(i), phase)
             bar = full.index(i)
             if DG:
-                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, i_n, first, bos, eos, T, BA)
                 if wanted:
                     SIZE: gl.constexpr = qs.shape[2] * vs.shape[2]
                     prefetch(anchors + (i_a.to(gl.int64) * H + i_h) * SIZE, 2 * SIZE)
@@ -571,7 +573,7 @@ def values(
             b_s = warpgroup_mma_wait(0, (b_s,))
             if DG:
                 # asked for now, and multiplied while the tensor cores are at work
-                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, NT, i_n, first, bos, eos, T, BA)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_c, i_n, first, bos, eos, T, BA)
                 t, x = fragment_indices(BK // 2)
                 tile_16 = (W * (BS // 16) + t // 32) * (BK // 16) + x // 8
                 p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)

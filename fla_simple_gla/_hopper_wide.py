@@ -94,7 +94,7 @@ def load(
             i_t = chunk_start(n, NT, REVERSE)
             mbarrier.wait(q_empty.index(i), phase)
             if X and REVERSE:
-                wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, i_n, first, bos, eos, T, BA)
                 if wanted:
                     prefetch(anchors + half_anchor(i_a, i_h, H, V), 2 * BK * BV)
             mbarrier.expect(q_full.index(i), C * BK * 2)
@@ -246,7 +246,7 @@ def state(
         for n in range(NT):
             i_t = chunk_start(n, NT, REVERSE)
             if X:
-                wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, NT, i_n, first, bos, eos, T, BA)
+                wanted, i_a = anchor_of(cu_seqlens, blocks, i_t // C, i_n, first, bos, eos, T, BA)
                 if wanted:
                     p_a = anchors + half_anchor(i_a, i_h, H, V) + W * (BK * BS)
                     if REVERSE:
