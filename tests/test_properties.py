@@ -122,10 +122,11 @@ def test_a_packed_sequence_is_that_sequence_alone(mode, dtype):
             assert (x[:, bounds[-1] :] == 0).all(), name
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_tokens_behind_the_last_sequence_are_not_read(mode):
+@pytest.mark.parametrize('mode, tail', [*((mode, 11) for mode in MODES), *((mode, 500) for mode in CHUNKED)])
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_tokens_behind_the_last_sequence_are_not_read(mode, tail, dtype):
     """Padding may hold anything: its outputs and gradients are zero, and nothing of it gets into the others."""
-    case = Case(30, K=D, V=D, cu_seqlens=(0, 7, 19)).of(mode)
+    case = Case(19 + tail, K=D, V=D, dtype=dtype, cu_seqlens=(0, 7, 19)).of(mode)
     inputs = make_inputs(case)
     expected = reference(case, inputs)
     for name in ('q', 'k', 'v', 'g', 'do'):
