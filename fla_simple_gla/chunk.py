@@ -236,7 +236,7 @@ SHARING = 0.3
 SUMMARY = 0.25
 LAUNCHES = 24
 COMBINE = 0.1
-# Segments are multiples of so many tokens: whole chunks, whatever their size.
+# Segments are multiples of so many tokens, that anchors may be as far apart (`_gates.py`).
 GRAIN = 256
 
 

@@ -34,7 +34,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
-from ._gates import chunk_gates, gate_gradient
+from ._gates import anchor_tokens, chunk_gates, gate_gradient
 from ._launch import empty, launcher, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
@@ -382,12 +382,10 @@ def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = hopper_for(q, k, v, do)
-    # Tokens to an anchor block. Error of dg in 16-bit arithmetic, and an anchor's share of the memory of k and of its traffic, at 128:
-    # 2.4e-3, 1; 256: 2.9e-3, 1/2; 384: 3.5e-3, 1/3; 512: 4.8e-3, 1/4 (D 64 to 128, T 2048, gates with a memory of 10 to 1000 tokens).
-    # Where dk and dv are made one after the other they have the memory of dv for more. Wide states need them: with 384 tokens it was
-    # 7.6e-3 at K 256, V 160.
+    # Where dk and dv are made one after the other they have the memory of dv for more anchors. Wide states need them: with 384 tokens the
+    # error of dg was 7.6e-3 at K 256, V 160.
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
-    BA = 384 if one_reverse_sweep else 256
+    BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None
     dq = dk = dv = dg = dh0 = y = None
     if need_g:

@@ -35,7 +35,7 @@ from fla_simple_gla import (
     naive_recurrent_simple_gla,
     parallel_simple_gla,
 )
-from fla_simple_gla._gates import chunk_gates
+from fla_simple_gla._gates import anchor_tokens, chunk_gates
 from fla_simple_gla._layout import is_hopper, rows_in_place
 from fla_simple_gla._triton import triton
 from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
@@ -216,6 +216,24 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch, monkeypatch):
     calls.reset_mock()
     run(MODES['chunk'], case)
     assert not calls.mock_calls
+
+
+def test_anchors_fit_into_segments():
+    assert [anchor_tokens(None, at_most) for at_most in (384, 256)] == [384, 256]
+    assert [anchor_tokens(segment, 384) for segment in (128, 256, 384, 640, 768, 1024)] == [128, 256, 384, 128, 384, 256]
+    assert [anchor_tokens(segment, at_most) for segment in (4096, 8192) for at_most in (384, 256)] == [384, 256] * 2
+    assert anchor_tokens(768, 256) == 256
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
+    """As in long segments, whose length no anchor block need divide; here they are short, and half precision twice as noisy."""
+    monkeypatch.setattr('fla_simple_gla.fused_chunk.anchor_tokens', lambda *_: 384)
+    monkeypatch.setattr(_launch, 'DIRECT', False)
+    for case in (Case(500, K=D, V=D, dtype=dtype), Case(700, K=D, V=D, dtype=dtype, cu_seqlens=(0, 385, 385, 400, 690), memory=100)):
+        inputs = make_inputs(case)
+        found, expected = run(MODES['segments'], case, inputs), reference(case, inputs)
+        assert rms_error(found['dg'], expected['dg']) < 2 * TOLERANCE[dtype][1]
 
 
 @pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
