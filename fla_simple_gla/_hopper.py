@@ -356,7 +356,9 @@ def sum_parts(partial, start, PARTS: gl.constexpr):
 
 @gluon.jit
 def row_sums(work, x_o, pairs, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
-    """x . o, and with pairs, behind the partial sums of which lie those of another x . o, what that one has more."""
+    """Rows x . o of each chunk. With pairs there are two such o, whose partial sums lie one behind the other in a buffer: x_o gets the rows of
+    the first, and pairs what those of the second have more.
+    """
     cu_seqlens, units, N, T, segment = work
     BUFFERS: gl.constexpr = partial.shape[0] // full.shape[0]
     PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
@@ -577,6 +579,7 @@ def values(
                 t, x = fragment_indices(BK // 2)
                 tile_16 = (W * (BS // 16) + t // 32) * (BK // 16) + x // 8
                 p_a = anchors + (i_a.to(gl.int64) * H + i_h) * (BK * BK)
+                # all or nothing; x is in the mask for its shape
                 b_a = gl.load(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8), mask=(t < gl.where(wanted, 128, 0)) & (x >= 0), other=0.0)
             mbarrier.wait(s_empty.index(0), s_phase)
             published.slice(W * BS, BS, dim=0).store(b_s.to(dtype))

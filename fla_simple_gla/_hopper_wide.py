@@ -11,7 +11,8 @@ at the same time and finds q and k in the L2 cache, takes the rest: the grid is 
 
 One kernel makes all four sweeps, in either direction: o, dq, dk and dv, with the roles that `fused_chunk.py` describes. For dg the
 sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give (`_gates.py`): as in the plain sweeps, w is the whole
-of q . dq, and y what of k . dk comes from pairs inside a chunk, which are rows of products that are there anyway.
+of q . dq, and y what of k . dk comes from pairs inside a chunk. Apart, as the sweeps of smaller dims take the pairs, they would need one
+more product, for which the warp group of the products has neither the time nor the registers.
 
 A warp group holds its 64 columns of the state as four tensors [64 of V, 64 of K]: they are converted for the tensor cores, multiplied
 and waited for one after the other, as the registers have no room for a copy of the whole.

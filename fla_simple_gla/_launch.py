@@ -60,7 +60,8 @@ def launcher(plan: Callable) -> Callable:
     """Decorates a function that tells how to launch a kernel, which is then called as `launch(tensors, *numbers)`.
 
     The function, `plan(*tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. Its
-    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor.
+    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor. In a pass that is being recorded the
+    kernel is launched when the pass has returned, with the others and in their order.
     """
 
     @functools.wraps(plan)
@@ -124,7 +125,9 @@ class Program:
 
     def __init__(self, tensors, addresses):
         self.given = self.count = len(tensors)
-        self.steps = []  # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None)
+        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None); before `launch` there
+        # are plans in the place of launches
+        self.steps = []
         self.complete = True
         # the latest with an address or an identity is the one that is alive, and of the given ones the first
         self.by_address = {address: i for i, address in reversed([*enumerate(addresses)])}
