@@ -356,8 +356,8 @@ def sum_parts(partial, start, PARTS: gl.constexpr):
 
 @gluon.jit
 def row_sums(work, x_o, pairs, partial, full, empty, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
-    """Rows x . o of each chunk. With pairs there are two such o, whose partial sums lie one behind the other in a buffer: x_o gets the rows of
-    the first, and pairs what those of the second have more.
+    """Rows x . o of each chunk. With pairs there are two such o, whose partial sums lie one behind the other: x_o gets the rows of the
+    first, and pairs what those of the second have more.
     """
     cu_seqlens, units, N, T, segment = work
     BUFFERS: gl.constexpr = partial.shape[0] // full.shape[0]

@@ -125,8 +125,8 @@ class Program:
 
     def __init__(self, tensors, addresses):
         self.given = self.count = len(tensors)
-        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None); before `launch` there
-        # are plans in the place of launches
+        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None); before `launch`
+        # there are plans in the place of launches
         self.steps = []
         self.complete = True
         # the latest with an address or an identity is the one that is alive, and of the given ones the first
