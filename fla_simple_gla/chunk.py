@@ -15,7 +15,8 @@ The backward keeps those states. In the summaries back in time q and do take the
 gradient of the state behind each segment; three sweeps over every segment give dq, dk and dv, and what dg is taken from, as in
 `fused_chunk.py`.
 
-No segment's summary is needed at the end that nothing follows. Where the sequences and heads fill the GPU by themselves there is one
+No segment's summary is needed at the end that nothing follows, and none reads chunks of which nothing is left where it ends, all
+decays up to there being zero in fp32: how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by themselves there is one
 segment, no summary, and nothing but the sweep. How long packed sequences are is not known on the host: they are cut as one sequence
 of all tokens would be, so that the longest is, unless they are so many that a state for each would be a burden.
 """
@@ -26,6 +27,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._gates import UNDERFLOW
 from ._launch import empty, launcher, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
@@ -34,7 +36,10 @@ from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_c
 from .naive import naive_chunk_simple_gla
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'c_part', 'scale'])
+SCAN = tl.constexpr(32)  # chunks whose gates a summary looks at together
+
+
+@jit(do_not_specialize=['N', 'T', 'segment', 'reverse', 'c_part', 'scale'])
 def summary_kernel(
     k,  # [B, T, H // GK, K], any strides with contiguous rows
     v,  # [B, T, H, V], likewise
@@ -45,6 +50,7 @@ def summary_kernel(
     scale,
     N, T,
     segment,  # tokens
+    reverse,  # 1 back in time, else 0
     k_b, k_t, k_h,
     v_b, v_t, v_h,
     c_part,  # chunk slots * H * BT
@@ -55,7 +61,6 @@ def summary_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    REVERSE: tl.constexpr,
     TWO_PARTS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,7 +73,7 @@ def summary_kernel(
     i_s = tl.program_id(0) // (NV * H)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
     # nothing follows the last segment, nor the tokens behind the last sequence
-    if (first >= end) | (first == bos if REVERSE else end == eos) | (i_n == N):
+    if (first >= end) | tl.where(reverse != 0, first == bos, end == eos) | (i_n == N):
         return
     L = end - first
     NT = tl.cdiv(L, BT)
@@ -81,22 +86,41 @@ def summary_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     r = tl.arange(0, BT)
+    start = 0
+    if c is not None:
+        # the first chunk, in the order of the loop below, with a token of which anything is left at its end: those before are not read
+        start = NT
+        behind = 0.0
+        for j in range(tl.cdiv(NT, SCAN) - 1, -1, -1):
+            n = j * SCAN + tl.arange(0, SCAN)
+            p_c = c + tl.where(reverse != 0, NT - 1 - n, n).to(tl.int64) * (H * BT)
+            b_c = tl.load(p_c[:, None] + r[None, :], mask=(n < NT)[:, None], other=0.0)
+            c_end = tl.load(p_c + BT - 1, mask=n < NT, other=0.0)
+            if TWO_PARTS:
+                b_c += tl.load(p_c[:, None] + c_part + r[None, :], mask=(n < NT)[:, None], other=0.0)
+                c_end += tl.load(p_c + c_part + BT - 1, mask=n < NT, other=0.0)
+            b_c = tl.where(reverse != 0, b_c, c_end[:, None] - b_c)
+            b_c += (behind + tl.cumsum(c_end, 0, reverse=True) - c_end)[:, None]
+            # not `>`: NaN is something
+            nothing = tl.max(tl.where(b_c <= UNDERFLOW, 0, 1), 1) == 0
+            start = tl.minimum(start, tl.min(tl.where(nothing | (n >= NT), NT, n), 0))
+            behind += tl.sum(c_end, 0)
+        start = tl.where(behind <= UNDERFLOW, start, 0)
     decay = 1.0
     b_s = tl.zeros([BK, BV], tl.float32)
-    for i in tl.range(0, NT, num_stages=STAGES):
-        i_c = NT - 1 - i if REVERSE else i
+    for i in tl.range(start, NT, num_stages=STAGES):
+        i_c = tl.where(reverse != 0, NT - 1 - i, i)
         b_k = load_rows(r_k, k_t, L, i_c * BT, 0, K, BT, BK, TMA)
         b_v = load_rows(r_v, v_t, L, i_c * BT, i_v * BV, V, BT, BV, TMA)
         if c is not None:
             p_c = c + i_c.to(tl.int64) * (H * BT)
             b_c = tl.load(p_c + r)
             c_end = tl.load(p_c + BT - 1)
-            if not REVERSE:
-                b_c = c_end - b_c
+            b_c = tl.where(reverse != 0, b_c, c_end - b_c)
             if TWO_PARTS:
                 b_f = tl.load(p_c + c_part + r)
                 f_end = tl.load(p_c + c_part + BT - 1)
-                b_c += b_f if REVERSE else f_end - b_f
+                b_c += tl.where(reverse != 0, b_f, f_end - b_f)
                 c_end += f_end
             b_v = (b_v * (tl.exp2(b_c) * scale)[:, None]).to(b_v.dtype)
             c_end = tl.exp2(c_end)
@@ -112,10 +136,10 @@ def summary_kernel(
     tl.store(states + i_s * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
     if c is not None:
         if i_v == 0:
-            tl.store(decays + i_s, decay)
+            tl.store(decays + i_s, tl.where(behind <= UNDERFLOW, 0.0, decay))
 
 
-@jit(do_not_specialize=['N', 'T', 'segment'])
+@jit(do_not_specialize=['N', 'T', 'segment', 'reverse'])
 def combine_kernel(
     state_in,  # [N, H, K, V], any strides, or None
     states,  # [segment slots, H, K, V]: what each segment leaves of itself; then the states that each begins with
@@ -123,12 +147,12 @@ def combine_kernel(
     cu_seqlens,  # [N + 1] or None
     N, T,
     segment,  # tokens
+    reverse,  # 1 back in time, else 0
     si_n, si_h, si_k, si_v,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BS: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
     """BS numbers of the states of one head of one sequence, from segment to segment."""
     NS: tl.constexpr = (K * V + BS - 1) // BS
@@ -152,7 +176,7 @@ def combine_kernel(
         b_s = tl.zeros([BS], tl.float32)
     # stages: the loads do not wait for the sum
     for i in tl.range(0, segments, num_stages=4):
-        i_s = slot + (segments - 1 - i if REVERSE else i)
+        i_s = slot + tl.where(reverse != 0, segments - 1 - i, i)
         i_s = i_s.to(tl.int64) * H + i_h
         p_s = states + i_s * (K * V) + o_s
         # at the end that nothing follows there was no summary: what lies there goes nowhere
@@ -171,12 +195,12 @@ def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse,
     BV, warps, stages = summary_config(K, V, k.dtype, k.device)
     args = (
         k, v, c, states, decays, cu_seqlens,
-        scale, count_sequences(B, cu_seqlens), T, segment,
+        scale, count_sequences(B, cu_seqlens), T, segment, int(reverse),
         *k.stride()[:3], *v.stride()[:3], 0 if c is None else c[0].numel(),
     )
     constants = dict(
         H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+        TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
     )
     return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
 
@@ -184,8 +208,8 @@ def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse,
 @launcher
 def launch_combine(state, states, decays, cu_seqlens, N, T, segment, reverse):
     _, H, K, V = states.shape
-    args = state, states, decays, cu_seqlens, N, T, segment, *((0,) * 4 if state is None else state.stride())
-    return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, REVERSE=reverse, num_warps=4)
+    args = state, states, decays, cu_seqlens, N, T, segment, int(reverse), *((0,) * 4 if state is None else state.stride())
+    return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
 
 
 def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False):

@@ -505,6 +505,40 @@ def test_growth_before_anything_is_there():
     assert rms_error(o, expected) < 1e-5
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_what_has_decayed_is_not_summarised(dtype, monkeypatch):
+    """NaN at tokens of which nothing is left at the segment's end, forward or back in time, does not get there."""
+    monkeypatch.setattr('fla_simple_gla.chunk.segment_tokens', lambda *_: 640)
+    torch.manual_seed(0)
+    q, k, v, do = (x.to(DEVICE, dtype) for x in torch.randn(4, 1, 1280, 1, D))
+    g = torch.full((1, 1280, 1), -0.5, device=DEVICE)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, _ = naive_chunk_simple_gla(*leaves, g.double())
+    _, *expected_gradients = torch.autograd.grad(expected, leaves, do.double())
+    k[:, 100] = do[:, 1180] = float('nan')
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, _ = chunk_simple_gla(*leaves, g)
+    _, *gradients = torch.autograd.grad(o, leaves, do)
+    assert o[:, 100:640].isnan().any()
+    assert rms_error(o[:, 640:], expected[:, 640:]) < TOLERANCE[dtype][0]
+    for found, exact in zip(gradients, expected_gradients):
+        assert found[:, 640:].isnan().any()
+        assert rms_error(found[:, 200:640], exact[:, 200:640]) < TOLERANCE[dtype][0]
+
+
+def test_growth_behind_what_has_decayed(monkeypatch):
+    """What is left of a token at the segment's end counts, not what is left of its chunk's first one."""
+    monkeypatch.setattr('fla_simple_gla.chunk.segment_tokens', lambda *_: 640)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 700, 1, D, device=DEVICE)
+    v *= (torch.arange(700, device=DEVICE) == 295)[:, None, None]
+    g = torch.zeros(1, 700, 1, device=DEVICE)
+    g[:, 290], g[:, 302], g[:, 400] = -70.0, 70.0, -95.0
+    o, _ = chunk_simple_gla(q, k, v, g)
+    expected, _ = naive_chunk_simple_gla(*(x.double() for x in (q, k, v, g)))
+    assert rms_error(o[:, 640:], expected[:, 640:]) < 1e-4
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_expanded_gradient(mode):
     """`.sum().backward()` passes a gradient with strides of zero."""
