@@ -16,9 +16,9 @@ gradient of the state behind each segment; three sweeps over every segment give 
 `fused_chunk.py`.
 
 No segment's summary is needed at the end that nothing follows, and none reads chunks of which nothing is left where it ends, all
-decays up to there being zero in fp32: how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by themselves there is one
-segment, no summary, and nothing but the sweep. How long packed sequences are is not known on the host: they are cut as one sequence
-of all tokens would be, so that the longest is, unless they are so many that a state for each would be a burden.
+decays up to there being zero in fp32: how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by
+themselves there is one segment, no summary, and nothing but the sweep. How long packed sequences are is not known on the host: they
+are cut as one sequence of all tokens would be, so that the longest is, unless they are so many that a state for each would be a burden.
 """
 
 import functools
@@ -34,7 +34,6 @@ from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
 from .naive import naive_chunk_simple_gla
-
 
 SCAN = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
