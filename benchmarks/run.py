@@ -1,8 +1,9 @@
 """Time the modes on a GPU, beside fla-core and PyTorch's attention: one row for a shape and an implementation.
 
-    python benchmarks/run.py [--shape B T H D]... [--mode MODE]... [--fla] [--attention] [--skip-first-call]
+    python benchmarks/run.py [--shape B T H D]... [--mode MODE]... [--memory TOKENS] [--fla] [--attention] [--skip-first-call]
 
-The inputs are in bf16 with the gate `g`, and K = V = D. The columns:
+The inputs are in bf16 with the gate `g = logsigmoid(normal + log(memory))`, and K = V = D. Some kernels leave out what has decayed to
+nothing: with a memory as long as the sequence there is no such thing. The columns:
 
 - fwd, fwd+bwd: milliseconds of the forward, and of forward and backward together, the medians of `triton.testing.do_bench`.
 - floor: the bytes that have to move, over the bandwidth of a large copy measured in the same run. Forward they are 4 passes over a
@@ -41,6 +42,7 @@ SHAPES = [
     (1, 131072, 8, 128), (1, 1000000, 4, 64),
 ]  # fmt: skip
 FIRST_CALL_SHAPE = (1, 131072, 8, 128)
+MEMORY = 20.0  # tokens
 MODES = ('chunk', 'fused_chunk', 'parallel')
 FORWARD_PASSES, BOTH_PASSES = 4, 11
 
@@ -151,10 +153,10 @@ def print_machine(bandwidth: float) -> None:
     print(f'FLA_SIMPLE_GLA_HOPPER is {meaning}', flush=True)
 
 
-def inputs(B, T, H, D):
+def inputs(B, T, H, D, memory=MEMORY):
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(B, T, H, D, dtype=torch.bfloat16, device='cuda') for _ in range(4))
-    g = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device='cuda') + 3)
+    g = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device='cuda') + math.log(memory))
     return [x.requires_grad_() for x in (q, k, v, g)], do
 
 
@@ -234,6 +236,9 @@ def time_first_call(name: str) -> None:
     """Print the seconds of the first forward and the first backward in this process."""
     implementation = next(x for x in (fla() if name.startswith('fla') else ours()) if x.name == name)
     leaves, do = inputs(*FIRST_CALL_SHAPE)
+    # the first backward in a process also imports parts of PyTorch, for up to seconds
+    x = torch.ones(1, device='cuda', requires_grad=True)
+    torch.autograd.grad(x + x, x, torch.ones_like(x))
     torch.cuda.synchronize()
     start = time.perf_counter()
     o = implementation.fn(*leaves)[0]
@@ -261,6 +266,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', type=int, nargs=4, action='append', metavar=('B', 'T', 'H', 'D'), help='default: eight shapes')
     parser.add_argument('--mode', choices=MODES, action='append', help='of this library; default: all three, parallel up to T 4096')
+    parser.add_argument('--memory', type=float, default=MEMORY, metavar='TOKENS', help='after which a gate has decayed by about e')
     parser.add_argument('--fla', action='store_true', help="fla-core's chunk and fused_chunk (they tune themselves: minutes)")
     parser.add_argument('--attention', action='store_true', help="PyTorch's causal attention, cuDNN and flash, up to T 131072")
     parser.add_argument('--skip-first-call', action='store_true', help='do not time the first calls on an empty kernel cache')
@@ -281,7 +287,7 @@ def main(arguments=None) -> None:
     failures = 0
     print(header(), flush=True)
     for shape in map(tuple, options.shape or SHAPES):
-        leaves, do = inputs(*shape)
+        leaves, do = inputs(*shape, options.memory)
         exact = exact_part(leaves, do)
         for implementation in own + peers:
             if shape[1] > implementation.longest:
