@@ -3,7 +3,8 @@
 At each launch triton binds the arguments anew, finds out what of them to specialise on, looks for the kernel, and encodes the tensor
 descriptors: that takes longer than a small kernel runs. But what a pass of a mode allocates and launches, with all its numbers, follows
 from the layouts of the tensors that it is given. So it is recorded the first time, and later ones with the same layouts replay it: they
-allocate, put in the addresses, and launch. The first time itself is shorter for it: the kernels of a pass are compiled side by side.
+allocate, put in the addresses, and launch. Before the first time there is a rehearsal, which allocates nothing and launches nothing: it
+tells which kernels there will be, and these are compiled side by side.
 """
 
 import copy
@@ -31,7 +32,8 @@ MOST_ADDRESSES = 64
 
 
 class Recording(threading.local):
-    program = None  # that of the pass which is being recorded in this thread
+    plans = None  # what is to be launched in the pass that is being rehearsed in this thread
+    program = None  # that of the pass that is being recorded
 
 
 recording = Recording()
@@ -50,6 +52,8 @@ def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 def allocate(like, how, shape, dtype):
     dtype = dtype or like.dtype
+    if recording.plans is not None:
+        return torch.empty(shape, dtype=dtype, device='meta')
     x = getattr(like, how)(shape, dtype=dtype)
     if recording.program is not None:
         recording.program.allocated(x, how, shape, dtype)
@@ -60,18 +64,19 @@ def launcher(plan: Callable) -> Callable:
     """Decorates a function that tells how to launch a kernel, which is then called as `launch(tensors, *numbers)`.
 
     The function, `plan(*tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. Its
-    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor. In a pass that is being recorded the
-    kernel is launched when the pass has returned, with the others and in their order.
+    tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor; in a rehearsal those that the pass
+    allocates are on the meta device.
     """
 
     @functools.wraps(plan)
     def launch(tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
-        planned = plan(*tensors, *numbers)
+        kernel, grid, args, constants = plan(*tensors, *numbers)
+        if recording.plans is not None:
+            recording.plans.append((kernel, grid, args, constants))
+            return
+        compiled = kernel[grid](*args, **constants)
         if recording.program is not None:
-            recording.program.planned(planned, tensors)
-        else:
-            kernel, grid, args, constants = planned
-            kernel[grid](*args, **constants)
+            recording.program.launched(compiled, grid, [*args, *(constants[name] for name in kernel.arg_names[len(args) :])], tensors)
 
     return launch
 
@@ -107,12 +112,17 @@ def recorded(run: Callable) -> Callable:
             return program(tensors, addresses, device)
         if len(programs) >= MOST:
             programs.clear()
+        plans = recording.plans = []
+        try:
+            run(*tensors, *numbers)
+        finally:
+            recording.plans = None
+        compile_all(plans, device)
         program = recording.program = Program(tensors, addresses)
         try:
             results = run(*tensors, *numbers)
         finally:
             recording.program = None
-        program.launch(device)
         if program.finish(results):
             programs[key] = program
         return results
@@ -125,8 +135,7 @@ class Program:
 
     def __init__(self, tensors, addresses):
         self.given = self.count = len(tensors)
-        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None); before `launch`
-        # there are plans in the place of launches
+        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None)
         self.steps = []
         self.complete = True
         # the latest with an address or an identity is the one that is alive, and of the given ones the first
@@ -138,23 +147,13 @@ class Program:
         self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.count
         self.count += 1
 
-    def planned(self, planned, tensors):
+    def launched(self, compiled, grid, args, tensors):
         numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
         self.complete &= all(x is None or number is not None for x, number in zip(tensors, numbers))
-        self.steps.append(((*planned, tensors), numbers, None))
-
-    def launch(self, device):
-        """Launch what is planned, the usual way."""
-        places = [i for i, (what, _, dtype) in enumerate(self.steps) if dtype is None]
-        compile_all([self.steps[i][0] for i in places], device)
-        for i in places:
-            (kernel, grid, args, constants, tensors), numbers, _ = self.steps[i]
-            compiled = kernel[grid](*args, **constants)
-            if isinstance(compiled, triton.compiler.CompiledKernel):
-                args = *args, *(constants[name] for name in kernel.arg_names[len(args):])
-                self.steps[i] = Launch(compiled, grid, args, tensors), numbers, None
-            else:
-                self.complete = False
+        if isinstance(compiled, triton.compiler.CompiledKernel):
+            self.steps.append((Launch(compiled, grid, args, tensors), numbers, None))
+        else:
+            self.complete = False
 
     def finish(self, results):
         """Note the results, and free behind its last launch what is not among them; whether all of the pass is recorded."""
@@ -187,7 +186,7 @@ class Program:
         return tuple([None if i is None else tensors[i] for i in self.results])
 
 
-def compile_all(planned, device):
+def compile_all(plans, device):
     """Bring kernels into triton's cache and onto the device, those that were not asked for before."""
 
     def load(kernel):
@@ -196,7 +195,7 @@ def compile_all(planned, device):
             return kernel and kernel.run  # which compiles a launcher too, in triton 3.6
 
     new = {}
-    for kernel, grid, args, constants, _ in planned:
+    for kernel, grid, args, constants in plans:
         new.setdefault((device, kernel, *constants.items()), (kernel, grid, args, constants))
     new = {key: plan for key, plan in new.items() if key not in asked_for}
     if len(new) > 1:
