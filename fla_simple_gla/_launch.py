@@ -35,6 +35,9 @@ class Recording(threading.local):
     plans = None  # what is to be launched in the pass that is being rehearsed in this thread
     program = None  # that of the pass that is being recorded
 
+    def __init__(self):
+        self.devices = set()  # whose contexts this thread has made its own
+
 
 recording = Recording()
 # device, kernel and constants; what triton specialises beyond that is compiled at the launch
@@ -92,9 +95,13 @@ def recorded(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def replay(tensors: tuple[torch.Tensor | None, ...], *numbers) -> tuple[torch.Tensor | None, ...]:
-        if not DIRECT or torch.compiler.is_compiling() or observed():
+        if torch.compiler.is_compiling():
             return run(*tensors, *numbers)
         device = tensors[0].get_device()
+        if device not in recording.devices:
+            enter_context(device)
+        if not DIRECT or observed():
+            return run(*tensors, *numbers)
         key = [device, *numbers]
         addresses = []
         for x in tensors:
@@ -128,6 +135,17 @@ def recorded(run: Callable) -> Callable:
         return results
 
     return replay
+
+
+def enter_context(device):
+    """Make the device's context that of this thread, unless it is the CPU.
+
+    A thread that has not used the GPU itself has none, such as autograd's when its memory was there before. Triton's launches look
+    for one, but its encoding of descriptors fails ("invalid device context", seen with triton 3.6, unchanged up to 3.9).
+    """
+    if device >= 0:
+        torch.zeros(1, device=torch.device('cuda', device))  # any call that starts something
+    recording.devices.add(device)
 
 
 class Program:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -256,6 +257,27 @@ def test_recorded_passes(mode, monkeypatch):
                 assert_same_bits(run(MODES[mode], case, kept[-1]), results)
             # none is left out
             assert i == 0 or replays.call_count == 2
+
+
+@pytest.mark.skipif(not GPU, reason='threads that have not used a GPU')
+@pytest.mark.parametrize('direct', [True, False])
+@pytest.mark.parametrize('mode', CHUNKED)
+def test_thread_without_a_context(mode, direct, monkeypatch):
+    """The first use of a GPU by a thread, to which PyTorch hands memory that is there already."""
+    monkeypatch.setattr(_launch, 'DIRECT', direct and _launch.DIRECT)
+    case = Case(200, K=64, V=64, dtype=HALF)
+    inputs, others = make_inputs(case), make_inputs(case)  # at addresses that no descriptor was encoded for
+    results = []
+
+    def call(inputs):
+        with torch.no_grad():
+            results.append(MODES[mode](*tensors(inputs))[0].cpu())
+
+    call(inputs)
+    thread = threading.Thread(target=call, args=(others,))
+    thread.start()
+    thread.join()
+    assert len(results) == 2 and torch.equal(*results)
 
 
 def test_what_a_recorded_pass_replays(monkeypatch):
