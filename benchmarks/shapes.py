@@ -2,9 +2,10 @@
 
     python benchmarks/shapes.py [--plot FILE.png]
 
-One sweep takes T from 128 to 1,048,576 at B x H x T = 2^20, with D 128 and 64; the other D = K = V from 16 to 256. The bytes are those
-of 4 passes over a tensor forward and 11 with the backward, as in `run.py`; the ratio is that of a point's time per byte to the
-lesser of its neighbours'. Where a call's time on the host is close to what was measured, the host is the reason.
+One sweep takes T from 128 to 1,048,576 at B x H x T = 2^20, with D 128 and 64; the other D = K = V from 16 to 256. The inputs are those
+of `run.py`, gates with a memory of 20 tokens among them. The bytes are those of 4 passes over a tensor forward and 11 with the
+backward, as there; the ratio is that of a point's time per byte to the lesser of its neighbours'. Where a call's time on the host is
+close to what was measured, the host is the reason.
 
 The plot needs matplotlib; without it, or without --plot, bars are printed.
 """

@@ -41,8 +41,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNDERFLOW = tl.constexpr(-126.0)
 RESET = tl.constexpr(-256.0)
 
-
-LONG_SEGMENT = 4096
+LONG_SEGMENT = 4096  # tokens
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, RESET
 from ._launch import empty, launcher
+from ._layout import multiprocessors
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -863,11 +864,6 @@ def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
     )
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def count_units(B, T, H, segment, cu_seqlens):
     # with packed sequences one more, the tokens behind them
     slots = count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
@@ -917,7 +913,7 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seql
         H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
         **SWEEP[D, x is not None], num_warps=4,
     )
-    return sweep_kernel, (min(units, resident * processors(q.device)), 1, 1), args, constants
+    return sweep_kernel, (min(units, resident * multiprocessors(q.device)), 1, 1), args, constants
 
 
 def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1):
@@ -959,7 +955,7 @@ def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds
     constants = dict(
         H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None, **REVERSE[D], num_warps=4,
     )
-    return reverse_kernel, (min(units, processors(q.device)), 1, 1), args, constants
+    return reverse_kernel, (min(units, multiprocessors(q.device)), 1, 1), args, constants
 
 
 def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, anchors=None, BA=1):

@@ -13,8 +13,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ._blocks import block_bounds, count_sequences, count_slots
-from ._hopper import advance, buffers, descriptor, padded, processors, tile, tma_load, tma_store
+from ._hopper import advance, buffers, descriptor, padded, tile, tma_load, tma_store
 from ._launch import empty, launcher, zeros
+from ._layout import multiprocessors
 
 __all__ = ['BLOCK', 'walk']
 
@@ -335,7 +336,7 @@ def launch_walk(q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens, scale
     constants = dict(
         H=H, GQ=H // HQ, GV=H // HV, BK=D, BV=D, REVERSE=reverse, ROW_REGISTERS=240, OTHER_REGISTERS=24, maxnreg=168, num_warps=4,
     )
-    return walk_kernel, (min(slots * H, processors(q.device)), 1, 1), args, constants
+    return walk_kernel, (min(slots * H, multiprocessors(q.device)), 1, 1), args, constants
 
 
 def walk(q, k, v, c, sums, ranges, scale, cu_seqlens, *, x=None, reverse=False):

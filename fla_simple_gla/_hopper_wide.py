@@ -38,7 +38,6 @@ from ._hopper import (
     gates,
     here,
     prefetch,
-    processors,
     row_sums,
     store_sum,
     tile,
@@ -48,6 +47,7 @@ from ._hopper import (
     unit_bounds,
 )
 from ._launch import empty, launcher
+from ._layout import multiprocessors
 
 __all__ = ['CHUNK', 'anchor_size', 'sweep']
 
@@ -456,7 +456,7 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, c
         H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None,
         **REGISTERS, maxnreg=128, num_warps=4,
     )
-    return wide_sweep_kernel, (min(units, max(processors(q.device) // halves, 1)), halves, 1), args, constants
+    return wide_sweep_kernel, (min(units, max(multiprocessors(q.device) // halves, 1)), halves, 1), args, constants
 
 
 def count_halves(V: int) -> int:

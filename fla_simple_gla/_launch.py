@@ -99,7 +99,7 @@ def recorded(run: Callable) -> Callable:
             return run(*tensors, *numbers)
         device = tensors[0].get_device()
         if device not in recording.devices:
-            enter_context(device)
+            enter_context(tensors[0])
         if not DIRECT or observed():
             return run(*tensors, *numbers)
         key = [device, *numbers]
@@ -137,15 +137,14 @@ def recorded(run: Callable) -> Callable:
     return replay
 
 
-def enter_context(device):
-    """Make the device's context that of this thread, unless it is the CPU.
+def enter_context(x):
+    """Make the context of x's device that of this thread.
 
     A thread that has not used the GPU itself has none, such as autograd's when its memory was there before. Triton's launches look
     for one, but its encoding of descriptors fails ("invalid device context", seen with triton 3.6, unchanged up to 3.9).
     """
-    if device >= 0:
-        torch.zeros(1, device=torch.device('cuda', device))  # any call that starts something
-    recording.devices.add(device)
+    x.new_zeros(1)  # any call that starts something there
+    recording.devices.add(x.get_device())
 
 
 class Program:

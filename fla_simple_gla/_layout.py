@@ -42,6 +42,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def use_descriptors(*tensors: torch.Tensor | None) -> bool:
     """Whether a kernel is to read and write these tensors through descriptors: on Hopper, if their rows are aligned to 16 bytes."""
     given = [x for x in tensors if x is not None]

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import UNDERFLOW
 from ._launch import empty, launcher, recorded
-from ._layout import is_hopper, load_rows, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
+from ._layout import is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_inputs, under_autocast
 from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
@@ -227,7 +227,7 @@ def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, rever
 
 
 # Columns of V, warps and stages of a summary on Hopper, in 16 bits, by the dim that is to fit. Measured on one H200 (triton 3.6), ms of
-# summary and combine, and the time of reading k and v once at the speed of a copy:
+# summary and combine where every chunk is read, and the time of reading k and v once at the speed of a copy:
 #   D 128, B1 T131072 H8, 16 segments    64 columns, 4 warps, 3 stages    0.139 (0.118)      2 stages    0.189
 #                                        128 columns                      0.148
 #   D 64, B1 T131072 H16, 16 segments    64 columns, 4 warps, 3 stages    0.137 (0.118)      2 stages    0.179
@@ -245,17 +245,12 @@ def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> 
     return BV, warps, stages
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 # Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of those
 # for Hopper one program has it for itself, and 128 columns of V.
 RESIDENT = 2
 SHARING = 0.3
-# Of a summary beside a sweep over the same chunks, in both directions together; of the launches for it, in chunks; of a segment in
-# the combine, likewise.
+# Of a summary that reads every chunk beside a sweep over the same ones, in both directions together (what has decayed, and is left out,
+# the host does not know); of the launches for it, in chunks; of a segment in the combine, likewise.
 SUMMARY = 0.25
 LAUNCHES = 24
 COMBINE = 0.1
