@@ -1,10 +1,13 @@
 """Calls that the host has made before, at a fraction of their cost.
 
+Whether arguments are right, which kernels suit them and how long segments are follows from the layouts of the tensors: the first call
+with some layouts finds out, and leaves a plan for the others.
+
 At each launch triton binds the arguments anew, finds out what of them to specialise on, looks for the kernel, and encodes the tensor
 descriptors: that takes longer than a small kernel runs. But what a pass of a mode allocates and launches, with all its numbers, follows
-from the layouts of the tensors that it is given. So it is recorded the first time, and later ones with the same layouts replay it: they
-allocate, put in the addresses, and launch. Before the first time there is a rehearsal, which allocates nothing and launches nothing: it
-tells which kernels there will be, and these are compiled side by side.
+from the layouts too. So it is recorded the first time, and later ones with the same layouts replay it: they allocate, put in the
+addresses, and launch. Before the first time there is a rehearsal, which allocates nothing and launches nothing: it tells which kernels
+there will be, and these are compiled side by side.
 """
 
 import copy
@@ -18,6 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from ._triton import INTERPRET, scratch, triton
+from ._validation import check_inputs
 
 # Versions of triton of which it is known that a compiled kernel takes all arguments, constants too, in the order of the parameters,
 # addresses as integers, and in the place of a descriptor the encoded one, its shape and its strides. With others every launch goes the
@@ -26,9 +30,85 @@ VERSIONS = ('3.6', '3.7', '3.8', '3.9')
 DIRECT = (
     triton is not None and not INTERPRET and torch.version.cuda is not None and '.'.join(triton.__version__.split('.')[:2]) in VERSIONS
 )
-# Programs that are kept of one pass, and encoded descriptors of one argument of a launch
+# Plans that are kept, programs of one pass, and encoded descriptors of one argument of a launch
 MOST = 1024
 MOST_ADDRESSES = 64
+# Bytes of a tensor that a replay may keep until its end, so that it shares an allocation with others
+SMALL = 2**24
+# What addresses are multiples of, of tensors that share an allocation: more than any load or descriptor asks for
+ALIGNMENT = 256
+
+
+class Plan:
+    """What calls with arguments of the same layouts have in common."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+        self.choices = {}
+
+    def once(self, choose: Callable, *args):
+        """What `choose(*args)` returned the first time, which depends on nothing but the layouts."""
+        if choose not in self.choices:
+            self.choices[choose] = choose(*args)
+        return self.choices[choose]
+
+
+plans = {}
+
+
+def plan_for(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    g_gamma: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    state_v_first: bool = False,
+) -> Plan:
+    """The plan of calls with such arguments. The first ones of a kind are checked."""
+    plan = key = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = scale, state_v_first, *layouts((q, k, v, g, g_gamma, initial_state, cu_seqlens), [])
+            plan = plans.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # no tensors, which the check refuses, or tensors without memory
+            key = None
+    if plan is None:
+        plan = Plan(check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first))
+        if key is not None:
+            if len(plans) >= MOST:
+                plans.clear()
+            plans[key] = plan
+    return plan
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator of that name, without its cost where no gradient of a gradient can be asked for."""
+    watched = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        return (watched if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
+
+
+def layouts(tensors: tuple[torch.Tensor | None, ...], addresses: list[int | None]) -> list:
+    """Of each tensor all that a plan or a program may depend on. Their addresses are appended to those of others before them."""
+    found = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+            addresses.append(None)
+        else:
+            address = x.data_ptr()
+            # launches tell tensors by their addresses: those that share one are others than those that do not
+            shared = addresses.index(address) if address in addresses else None
+            found.append((x.dtype, x.shape, x.stride(), x.device, address % 16, shared))
+            addresses.append(address)
+    return found
 
 
 class Recording(threading.local):
@@ -90,11 +170,12 @@ def recorded(run: Callable) -> Callable:
     The first tensor is not None. The pass returns a tuple of tensors that it was given or allocated, and None. All it does with tensors is
     to allocate them with `empty` and `zeros` and to give them to launchers, whole. How it does so depends on nothing but the numbers,
     which are hashable, and of the tensors on dtypes, shapes, strides, devices, whether an address is a multiple of 16, and which are None.
+    A plan that is given tells all that of the tensors.
     """
     programs = {}
 
     @functools.wraps(run)
-    def replay(tensors: tuple[torch.Tensor | None, ...], *numbers) -> tuple[torch.Tensor | None, ...]:
+    def replay(tensors: tuple[torch.Tensor | None, ...], *numbers, plan: Plan | None = None) -> tuple[torch.Tensor | None, ...]:
         if torch.compiler.is_compiling():
             return run(*tensors, *numbers)
         device = tensors[0].get_device()
@@ -102,18 +183,12 @@ def recorded(run: Callable) -> Callable:
             enter_context(tensors[0])
         if not DIRECT or observed():
             return run(*tensors, *numbers)
-        key = [device, *numbers]
-        addresses = []
-        for x in tensors:
-            if x is None:
-                key.append(None)
-                addresses.append(None)
-            else:
-                address = x.data_ptr()
-                # launches tell tensors by their addresses: those that share one are others than those that do not
-                key.append((x.dtype, x.shape, x.stride(), address % 16, addresses.index(address) if address in addresses else None))
-                addresses.append(address)
-        key = tuple(key)
+        if plan is None:
+            addresses = []
+            key = (*numbers, *layouts(tensors, addresses))
+        else:
+            addresses = [None if x is None else x.data_ptr() for x in tensors]
+            key = (plan, *numbers)
         program = programs.get(key)
         if program is not None:
             return program(tensors, addresses, device)
@@ -151,55 +226,82 @@ class Program:
     """What a pass did, in terms of tensors by number: those it was given, then those it allocated. It holds on to none of them."""
 
     def __init__(self, tensors, addresses):
-        self.given = self.count = len(tensors)
-        # of each (allocation, shape, dtype), (Launch, the numbers of its tensors, None), or (None, number to free, None)
-        self.steps = []
+        self.given = [(x.shape, x.stride(), x.dtype) if x is not None else None for x in tensors]
+        self.allocations = {}  # by number: how, shape, dtype, and bytes
+        self.steps = []  # the number of what is allocated, or a launch and the numbers of its tensors
         self.complete = True
         # the latest with an address or an identity is the one that is alive, and of the given ones the first
         self.by_address = {address: i for i, address in reversed([*enumerate(addresses)])}
         self.by_identity = {id(x): i for i, x in enumerate(tensors)}
 
     def allocated(self, x, how, shape, dtype):
-        self.steps.append((how, shape, dtype))
-        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.count
-        self.count += 1
+        number = len(self.given) + len(self.allocations)
+        self.allocations[number] = how, shape, dtype, x.nbytes
+        self.steps.append((number, None))
+        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = number
 
     def launched(self, compiled, grid, args, tensors):
         numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
         self.complete &= all(x is None or number is not None for x, number in zip(tensors, numbers))
         if isinstance(compiled, triton.compiler.CompiledKernel):
-            self.steps.append((Launch(compiled, grid, args, tensors), numbers, None))
+            self.steps.append((Launch(compiled, grid, args, tensors, numbers), {*numbers}))
         else:
             self.complete = False
 
     def finish(self, results):
-        """Note the results, and free behind its last launch what is not among them; whether all of the pass is recorded."""
+        """Put together what a replay does; whether all of the pass is recorded."""
         self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
-        del self.by_address, self.by_identity
-        needed = set(self.results)
+        self.complete &= all(x is None or i is not None for x, i in zip(results, self.results))
+        # small ones that are not among the results share an allocation
+        self.offsets = [None] * len(self.allocations)
+        self.shared = 0
+        for number, (how, _, _, size) in self.allocations.items():
+            if how == 'new_empty' and size <= SMALL and number not in self.results:
+                self.offsets[number - len(self.given)] = self.shared
+                self.shared += -(-size // ALIGNMENT) * ALIGNMENT
+        # the others are freed behind their last launch
+        needed = {*self.results, *range(len(self.given))}
+        needed.update(number for number in self.allocations if self.offsets[number - len(self.given)] is not None)
         steps = []
-        for step in reversed(self.steps):
-            if isinstance(step[0], Launch):
-                for i in {i for i in step[1] if i is not None and i >= self.given} - needed:
-                    steps.append((None, i, None))
-                    needed.add(i)
-            steps.append(step)
+        for what, numbers in reversed(self.steps):
+            if isinstance(what, Launch):
+                freed = numbers - needed - {None}
+                steps += [(None, number, None) for number in freed]
+                needed |= freed
+                steps.append((what, None, None))
+            elif self.offsets[what - len(self.given)] is None:
+                steps.append((None, what, self.allocation(*self.allocations[what][:3])))
         self.steps = steps[::-1]
-        return self.complete and all(x is None or i is not None for x, i in zip(results, self.results))
+        del self.by_address, self.by_identity, self.allocations
+        return self.complete
+
+    def allocation(self, how, shape, dtype):
+        """What allocates such a tensor, given the others."""
+        strides = torch.empty(shape, device='meta').stride()
+        if how == 'new_empty' and (torch.Size(shape), strides, dtype) in self.given:
+            # a third of the time
+            like = self.given.index((torch.Size(shape), strides, dtype))
+            return lambda tensors: torch.empty_like(tensors[like])
+        return lambda tensors: getattr(tensors[0], how)(shape, dtype=dtype)
 
     def __call__(self, tensors, addresses, device):
         stream = triton.runtime.driver.active.get_current_stream(device)
-        like = tensors[0]
-        tensors = [*tensors]
-        for what, which, dtype in self.steps:
-            if what is None:
-                tensors[which] = None
-            elif dtype is None:
-                what(tensors, addresses, which, stream)
+        start = 0
+        if self.shared:
+            # of floats, which PyTorch can fill with NaN
+            shared = tensors[0].new_empty(self.shared // 4, dtype=torch.float32)
+            start = shared.data_ptr()
+        addresses += [None if offset is None else start + offset for offset in self.offsets]
+        tensors = [*tensors, *[None] * len(self.offsets)]
+        for launch, number, allocate in self.steps:
+            if launch is not None:
+                launch(addresses, stream)
+            elif allocate is None:
+                tensors[number] = None
             else:
                 # by no name of its own, which would keep it from being freed
-                tensors.append(getattr(like, what)(which, dtype=dtype))
-                addresses.append(tensors[-1].data_ptr())
+                tensors[number] = allocate(tensors)
+                addresses[number] = tensors[number].data_ptr()
         return tuple([None if i is None else tensors[i] for i in self.results])
 
 
@@ -227,21 +329,21 @@ def compile_all(plans, device):
 class Launch:
     """A launch of which only the addresses are open."""
 
-    def __init__(self, compiled, grid, args, tensors):
+    def __init__(self, compiled, grid, args, tensors, numbers):
         self.compiled, self.grid = compiled, grid
         self.args = []
-        self.pointers = []  # which tensor, and the place of its address in args
-        self.descriptors = []  # which tensor, the place of the encoded descriptor, how to encode one, and those of some addresses
+        self.pointers = []  # the number of a tensor, and the place of its address in args
+        self.descriptors = []  # likewise, of an encoded descriptor; how to encode one, and those of some addresses
         metadata = iter(getattr(compiled.metadata, 'tensordesc_meta', None) or ())
         for i, arg in enumerate(args):
             if i >= len(tensors) or tensors[i] is None:
                 self.args.append(arg)
             elif arg is tensors[i]:
-                self.pointers.append((i, len(self.args)))
+                self.pointers.append((numbers[i], len(self.args)))
                 self.args.append(0)
             else:
                 fields = {name: field for name, field in vars(arg).items() if name != 'base'}
-                self.descriptors.append((i, len(self.args), functools.partial(encode, fields, next(metadata)), {}))
+                self.descriptors.append((numbers[i], len(self.args), functools.partial(encode, fields, next(metadata)), {}))
                 self.args += [None, *arg.shape, *arg.strides]
         self.launch = compiled.run
         self.needs_scratch = compiled.run.global_scratch_size > 0
@@ -250,17 +352,17 @@ class Launch:
             self.launch = copy.copy(compiled.run)
             self.launch.launch = inspect.getclosurevars(compiled.run.launch).nonlocals['launcher']
 
-    def __call__(self, tensors, addresses, numbers, stream):
+    def __call__(self, addresses, stream):
         args = self.args.copy()
-        for i, place in self.pointers:
-            args[place] = addresses[numbers[i]]
-        for i, place, encoder, encoded in self.descriptors:
-            address = addresses[numbers[i]]
+        for number, place in self.pointers:
+            args[place] = addresses[number]
+        for number, place, encoder, encoded in self.descriptors:
+            address = addresses[number]
             descriptor = encoded.get(address)
             if descriptor is None:
                 if len(encoded) >= MOST_ADDRESSES:
                     encoded.clear()
-                descriptor = encoded[address] = encoder(tensors[numbers[i]])
+                descriptor = encoded[address] = encoder(address)
             args[place] = descriptor
         if self.needs_scratch:
             triton.set_allocator(scratch)
@@ -268,13 +370,14 @@ class Launch:
         self.launch(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 
-def encode(fields, metadata, x: torch.Tensor):
-    """The encoded descriptor of x."""
+def encode(fields, metadata, address: int):
+    """The encoded descriptor of what is at an address."""
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
+    base = SimpleNamespace(data_ptr=lambda: address)
     # from triton 3.8 on there is a third argument, not used on this backend
     unused = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
-    return make_tensordesc_arg(SimpleNamespace(base=x, **fields), metadata, *unused)[0]
+    return make_tensordesc_arg(SimpleNamespace(base=base, **fields), metadata, *unused)[0]
 
 
 def observed() -> bool:

@@ -18,9 +18,6 @@ def check_inputs(
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     state_v_first: bool = False,
-    *,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    chunk_size: int | None = None,
 ) -> float:
     """Raise a `TypeError` or `ValueError` that names the argument, what it got and what it needs; return the scale."""
     for name, x in (('q', q), ('k', k), ('v', v)):
@@ -62,13 +59,6 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
-    if cu_seqlens_cpu is not None:
-        _check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
-    if chunk_size is not None:
-        if not isinstance(chunk_size, int):
-            raise TypeError(f'chunk_size must be an int or None, got {type(chunk_size).__name__}')
-        if chunk_size < 1 or chunk_size & (chunk_size - 1):
-            raise ValueError(f'chunk_size must be a power of two, got {chunk_size}')
     if initial_state is not None:
         _check_tensor('initial_state', initial_state)
         shape, meaning = ([N, H, V, K], '[N, H, V, K]') if state_v_first else ([N, H, K, V], '[N, H, K, V]')
@@ -81,6 +71,27 @@ def check_inputs(
     if not isinstance(scale, Real):
         raise TypeError(f'scale must be a number or None, got {type(scale).__name__}')
     return float(scale)
+
+
+def check_cu_seqlens_cpu(cu_seqlens_cpu: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
+    if cu_seqlens_cpu is None:
+        return
+    if not isinstance(cu_seqlens_cpu, torch.Tensor):
+        raise TypeError(f'cu_seqlens_cpu must be a torch.Tensor, got {type(cu_seqlens_cpu).__name__}')
+    if cu_seqlens is None:
+        raise ValueError('cu_seqlens_cpu is given without cu_seqlens, of which it is a copy')
+    if cu_seqlens_cpu.device.type != 'cpu' or cu_seqlens_cpu.shape != cu_seqlens.shape:
+        what = f'shape {_shape(cu_seqlens_cpu)} on {cu_seqlens_cpu.device}'
+        raise ValueError(f'cu_seqlens_cpu must be a copy of cu_seqlens {_shape(cu_seqlens)} on the CPU, got {what}')
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int):
+        raise TypeError(f'chunk_size must be an int or None, got {type(chunk_size).__name__}')
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f'chunk_size must be a power of two, got {chunk_size}')
 
 
 def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -116,16 +127,6 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     if q.shape[0] != 1:
         raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
     _check_device('cu_seqlens', cu_seqlens, q)
-
-
-def _check_cu_seqlens_cpu(cu_seqlens_cpu: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
-    if not isinstance(cu_seqlens_cpu, torch.Tensor):
-        raise TypeError(f'cu_seqlens_cpu must be a torch.Tensor, got {type(cu_seqlens_cpu).__name__}')
-    if cu_seqlens is None:
-        raise ValueError('cu_seqlens_cpu is given without cu_seqlens, of which it is a copy')
-    if cu_seqlens_cpu.device.type != 'cpu' or cu_seqlens_cpu.shape != cu_seqlens.shape:
-        what = f'shape {_shape(cu_seqlens_cpu)} on {cu_seqlens_cpu.device}'
-        raise ValueError(f'cu_seqlens_cpu must be a copy of cu_seqlens {_shape(cu_seqlens)} on the CPU, got {what}')
 
 
 def _shape(x: torch.Tensor) -> list[int]:

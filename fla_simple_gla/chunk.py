@@ -24,14 +24,13 @@ are cut as one sequence of all tokens would be, so that the longest is, unless t
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import UNDERFLOW
-from ._launch import empty, launcher, recorded
+from ._launch import empty, launcher, once_differentiable, plan_for, recorded
 from ._layout import is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_inputs, under_autocast
+from ._validation import check_chunk_size, check_cu_seqlens_cpu, under_autocast
 from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
 from .naive import naive_chunk_simple_gla
 
@@ -314,18 +313,23 @@ def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, need
     return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
 
 
+def choices(q, k, v, cu_seqlens):
+    """The module of the sweeps for Hopper, if it takes these, and the tokens to a segment."""
+    hopper = hopper_for(q, k, v)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return hopper, segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
+
+
 class Chunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        hopper = hopper_for(q, k, v)
-        segment = segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
+        hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
         tensors = q, k, v, g, initial_state, cu_seqlens
-        o, final_state, c, state = forward_pass(tensors, hopper, scale, output_final_state, precision, segment)
+        o, final_state, c, state = forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan)
         ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
-        ctx.scale, ctx.precision, ctx.segment = scale, precision, segment
+        ctx.scale, ctx.precision, ctx.segment = plan.scale, precision, segment
         ctx.set_materialize_grads(False)
         return o, final_state
 
@@ -409,17 +413,17 @@ def chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     q, k, v = under_autocast(q, k, v)
-    scale = check_inputs(
-        q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, cu_seqlens_cpu=cu_seqlens_cpu, chunk_size=chunk_size,
-    )
+    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
+    check_chunk_size(chunk_size)
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            o, ht = Chunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
+            o, ht = Chunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
     else:
         o, ht = naive_chunk_simple_gla(
-            q, k, v, g, h0, output_final_state, chunk_size or 64, scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
+            q, k, v, g, h0, output_final_state, chunk_size or 64, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
         )
     return o, transposed(ht, state_v_first)

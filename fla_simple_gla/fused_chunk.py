@@ -31,14 +31,13 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
-from ._launch import empty, launcher, recorded
+from ._launch import empty, launcher, once_differentiable, plan_for, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_inputs, under_autocast
+from ._validation import under_autocast
 from .naive import naive_chunk_simple_gla
 
 
@@ -435,13 +434,14 @@ def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scal
 
 class FusedChunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
+        hopper = plan.once(hopper_for, q, k, v)
         tensors = q, k, v, g, initial_state, cu_seqlens
-        o, final_state, c = forward_pass(tensors, hopper_for(q, k, v), scale, output_final_state, precision)
+        o, final_state, c = forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
-        ctx.scale, ctx.precision = scale, precision
+        ctx.scale, ctx.precision = plan.scale, precision
         ctx.set_materialize_grads(False)
         return o, final_state
 
@@ -527,15 +527,15 @@ def fused_chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     q, k, v = under_autocast(q, k, v)
-    scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            o, ht = FusedChunk.apply(q, k, v, g, scale, h0, output_final_state, cu_seqlens)
+            o, ht = FusedChunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
     else:
         o, ht = naive_chunk_simple_gla(
-            q, k, v, g, h0, output_final_state, scale=scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
+            q, k, v, g, h0, output_final_state, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
         )
     return o, transposed(ht, state_v_first)

@@ -26,13 +26,13 @@ import functools
 import warnings
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW
+from ._launch import once_differentiable, plan_for
 from ._layout import rows_in_place, sum_heads, transposed
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_inputs, under_autocast
+from ._validation import under_autocast
 from .naive import naive_recurrent_simple_gla
 
 # Tokens between two anchors of the gate gradient: an fp32 sum of so many terms is good to about 2e-6.
@@ -318,7 +318,7 @@ def fused_recurrent_simple_gla(
         warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     q, k, v = under_autocast(q, k, v)
-    scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    scale = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first).scale
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:

@@ -31,14 +31,13 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import empty, launcher, recorded, zeros
+from ._launch import empty, launcher, once_differentiable, plan_for, recorded, zeros
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_inputs, under_autocast
+from ._validation import check_cu_seqlens_cpu, under_autocast
 from .fused_chunk import fp32_precision
 from .fused_chunk import hopper_for as sweeps_for
 from .naive import naive_parallel_simple_gla
@@ -545,13 +544,14 @@ def backward_pass(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, sc
 
 class Parallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, output_attentions, cu_seqlens):
+    def forward(ctx, q, k, v, g, plan, output_attentions, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         precision = fp32_precision(q.dtype)
-        hopper = None if output_attentions else hopper_for(q, k, v)
-        o, attention, c, sums, ranges = forward_pass((q, k, v, g, cu_seqlens), hopper, scale, output_attentions, precision)
+        hopper = None if output_attentions else plan.once(hopper_for, q, k, v)
+        tensors = q, k, v, g, cu_seqlens
+        o, attention, c, sums, ranges = forward_pass(tensors, hopper, plan.scale, output_attentions, precision, plan=plan)
         ctx.save_for_backward(q, k, v, g, c, sums, ranges, cu_seqlens)
-        ctx.scale, ctx.precision, ctx.hopper = scale, precision, hopper
+        ctx.scale, ctx.precision, ctx.hopper = plan.scale, precision, hopper
         if attention is not None:
             ctx.mark_non_differentiable(attention)
         return o, attention
@@ -625,13 +625,14 @@ def parallel_simple_gla(
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 100, 100]))
     """
     q, k, v = under_autocast(q, k, v)
-    scale = check_inputs(q, k, v, g, g_gamma, scale, None, cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
+    plan = plan_for(q, k, v, g, g_gamma, scale, None, cu_seqlens)
+    check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
     if output_attentions and cu_seqlens is not None:
         raise ValueError('output_attentions is not available with cu_seqlens: the map would be zero between sequences')
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            return Parallel.apply(q, k, v, g, scale, output_attentions, cu_seqlens)
-    o, attention = naive_parallel_simple_gla(q, k, v, g, scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
+            return Parallel.apply(q, k, v, g, plan, output_attentions, cu_seqlens)
+    o, attention = naive_parallel_simple_gla(q, k, v, g, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
     return o, attention.detach().to(q.dtype) if output_attentions else None

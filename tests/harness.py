@@ -19,9 +19,20 @@ GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
 
 
+@contextlib.contextmanager
+def segments_of(tokens: int, plans: dict):
+    """The chunk mode cuts sequences into segments of so many tokens, however few they are; those plans are for calls here alone."""
+    choice = mock.patch('fla_simple_gla.chunk.segment_tokens', lambda rows, T, *_: tokens if rows and T else None)
+    with choice, mock.patch('fla_simple_gla._launch.plans', plans):
+        yield
+
+
+PLANS = {}
+
+
 def chunk_in_segments(*args, **kwargs):
-    """The chunk mode with segments of 128 tokens, however few they are: what it does to long sequences."""
-    with mock.patch('fla_simple_gla.chunk.segment_tokens', lambda rows, T, *_: 128 if rows and T else None):
+    """The chunk mode with segments of 128 tokens: what it does to long sequences."""
+    with segments_of(128, PLANS):
         return chunk_simple_gla(*args, **kwargs)
 
 

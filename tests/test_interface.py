@@ -9,6 +9,7 @@ import torch
 from harness import DEVICE, MODES, STATEFUL
 
 import fla_simple_gla
+from fla_simple_gla._launch import plan_for
 
 EMPTY = inspect.Parameter.empty
 
@@ -98,8 +99,12 @@ BAD_OF_MODE = {
     [pytest.param(mode, *row, id=f'{mode}-{row[2]}') for mode, rows in BAD_OF_MODE.items() for row in rows],
 )
 def test_bad_input(mode, changes, error, message):
-    with pytest.raises(error, match=message):
-        MODES[mode](**arguments(**changes))
+    """The second time too, and beside good input that was let pass."""
+    good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
+    assert plan_for(**good) is plan_for(**good)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            MODES[mode](**arguments(**changes))
 
 
 @pytest.mark.parametrize('mode', MODES)

@@ -7,6 +7,7 @@ import weakref
 from types import SimpleNamespace
 from unittest import mock
 
+import harness
 import pytest
 import torch
 from harness import (
@@ -25,6 +26,7 @@ from harness import (
     reference,
     rms_error,
     run,
+    segments_of,
 )
 
 from fla_simple_gla import (
@@ -174,6 +176,8 @@ def hopper_switch(monkeypatch):
             monkeypatch.delenv('FLA_SIMPLE_GLA_HOPPER', raising=False)
         else:
             monkeypatch.setenv('FLA_SIMPLE_GLA_HOPPER', value)
+        monkeypatch.setattr(_launch, 'plans', {})
+        monkeypatch.setattr(harness, 'PLANS', {})
         hopper_sweeps.cache_clear()
 
     yield switch
@@ -281,7 +285,7 @@ def test_thread_without_a_context(mode, direct, monkeypatch):
 
 
 def test_what_a_recorded_pass_replays(monkeypatch):
-    """Without a GPU: which addresses its launches get, what it returns, and what it frees."""
+    """Without a GPU: which addresses its launches get, what it allocates and returns, and what it frees."""
     made, seen = [], []
 
     class Compiled:
@@ -346,7 +350,9 @@ def test_what_a_recorded_pass_replays(monkeypatch):
     call(x, x)
     assert seen[0][0] == seen[1][1] == x.data_ptr()
 
-    # what is not among the results is freed behind its last launch
+    # what is not among the results is freed behind its last launch, unless it is small
+    monkeypatch.setattr(_launch, 'SMALL', 0)
+    call(x, y, number=3)
     new_empty, new_zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
     between = []
 
@@ -360,8 +366,29 @@ def test_what_a_recorded_pass_replays(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
     monkeypatch.setattr(torch.Tensor, 'new_zeros', watched_zeros)
-    call(x, y)
+    call(x, y, number=3)
     assert len(between) == 1
+
+    # small ones share an allocation, and results are made like what is given where they are
+    monkeypatch.setattr(_launch, 'SMALL', 4 * 100)
+    sizes = []
+
+    @_launch.recorded
+    def several(x):
+        a, b, c, large, result = (_launch.empty(x, n) for n in (3, 100, 70, 101, 4))
+        launch((a, b, c), 0)
+        launch((large, result, None), 0)
+        return result, _launch.empty(x, 5)
+
+    monkeypatch.setattr(torch.Tensor, 'new_zeros', new_zeros)
+    for _ in range(2):
+        seen.clear()
+        between.clear()
+        result, other = several((x,))
+        sizes.append([made().numel() for made in between if made() is not None])
+    (a, b, c), (large, last) = seen
+    assert (b - a, c - b) == (256, 512) and last == result.data_ptr()
+    assert (result.shape, other.shape) == ((4,), (5,)) and sizes == [[4, 5], [5]]
 
     @_launch.recorded
     def another(x):
@@ -372,6 +399,17 @@ def test_what_a_recorded_pass_replays(monkeypatch):
     for _ in range(2):
         another((x,))
     assert made[-4:] == ['another'] * 4, 'a pass with a tensor of unknown origin was replayed'
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_saved_tensors_that_come_back_otherwise(mode):
+    """Hooks may move what is saved for the backward, and what comes back may lie otherwise."""
+    case = Case(LENGTH[mode], K=D, V=D, layout='wide').of(mode)
+    expected = run(MODES[mode], case)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format))
+    with hooks:
+        results = run(MODES[mode], case)
+    check(case, results, expected)
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -529,9 +567,8 @@ def test_growth_before_anything_is_there():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
-def test_what_has_decayed_is_not_summarised(dtype, monkeypatch):
+def test_what_has_decayed_is_not_summarised(dtype):
     """NaN at tokens of which nothing is left at the segment's end, forward or back in time, does not get there."""
-    monkeypatch.setattr('fla_simple_gla.chunk.segment_tokens', lambda *_: 640)
     torch.manual_seed(0)
     q, k, v, do = (x.to(DEVICE, dtype) for x in torch.randn(4, 1, 1280, 1, D))
     g = torch.full((1, 1280, 1), -0.5, device=DEVICE)
@@ -540,7 +577,8 @@ def test_what_has_decayed_is_not_summarised(dtype, monkeypatch):
     _, *expected_gradients = torch.autograd.grad(expected, leaves, do.double())
     k[:, 100] = do[:, 1180] = float('nan')
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, _ = chunk_simple_gla(*leaves, g)
+    with segments_of(640, {}):
+        o, _ = chunk_simple_gla(*leaves, g)
     _, *gradients = torch.autograd.grad(o, leaves, do)
     assert o[:, 100:640].isnan().any()
     assert rms_error(o[:, 640:], expected[:, 640:]) < TOLERANCE[dtype][0]
@@ -549,16 +587,16 @@ def test_what_has_decayed_is_not_summarised(dtype, monkeypatch):
         assert rms_error(found[:, 200:640], exact[:, 200:640]) < TOLERANCE[dtype][0]
 
 
-def test_growth_behind_what_has_decayed(monkeypatch):
+def test_growth_behind_what_has_decayed():
     """What is left of a token at the segment's end counts, not what is left of its chunk's first one."""
-    monkeypatch.setattr('fla_simple_gla.chunk.segment_tokens', lambda *_: 640)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 700, 1, D, device=DEVICE)
     v *= (torch.arange(700, device=DEVICE) == 295)[:, None, None]
     g = torch.zeros(1, 700, 1, device=DEVICE)
     g[:, 290], g[:, 302] = -70.0, 70.0
     g[:, 400] = g[:, 500] = -47.5
-    o, _ = chunk_simple_gla(q, k, v, g)
+    with segments_of(640, {}):
+        o, _ = chunk_simple_gla(q, k, v, g)
     expected, _ = naive_chunk_simple_gla(*(x.double() for x in (q, k, v, g)))
     assert rms_error(o[:, 640:], expected[:, 640:]) < TOLERANCE[o.dtype][0]
 
