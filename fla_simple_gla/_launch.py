@@ -330,7 +330,6 @@ class Launch:
     """A launch of which only the addresses are open."""
 
     def __init__(self, compiled, grid, args, tensors, numbers):
-        self.compiled, self.grid = compiled, grid
         self.args = []
         self.pointers = []  # the number of a tensor, and the place of its address in args
         self.descriptors = []  # likewise, of an encoded descriptor; how to encode one, and those of some addresses
@@ -345,12 +344,22 @@ class Launch:
                 fields = {name: field for name, field in vars(arg).items() if name != 'base'}
                 self.descriptors.append((numbers[i], len(self.args), functools.partial(encode, fields, next(metadata)), {}))
                 self.args += [None, *arg.shape, *arg.strides]
-        self.launch = compiled.run
-        self.needs_scratch = compiled.run.global_scratch_size > 0
+        self.compiled, self.grid = compiled, grid  # the one keeps the kernel on the device
+        self.behind = [compiled.function, compiled.packed_metadata, None, None, None]
+        self.nested = False
+        self.launch = run = copy.copy(compiled.run)
         if self.descriptors:
             # triton's own encodes the descriptors and goes on with another one
-            self.launch = copy.copy(compiled.run)
-            self.launch.launch = inspect.getclosurevars(compiled.run.launch).nonlocals['launcher']
+            run.launch = inspect.getclosurevars(run.launch).nonlocals['launcher']
+        self.needs_scratch = run.global_scratch_size + run.profile_scratch_size > 0
+        if not self.needs_scratch:
+            # What triton does in Python, nearly half of the time of a launch, is then the same each time. All of it goes on to a function
+            # in C, the arguments of the kernel last, from triton 3.7 on as a tuple.
+            passed = []
+            self.launch, run.launch = run.launch, lambda *args: passed.extend(args)
+            run(*grid, 0, *self.behind, *self.args)
+            self.nested = passed[-len(self.args) :] != self.args
+            self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]
 
     def __call__(self, addresses, stream):
         args = self.args.copy()
@@ -366,8 +375,9 @@ class Launch:
             args[place] = descriptor
         if self.needs_scratch:
             triton.set_allocator(scratch)
-        compiled = self.compiled
-        self.launch(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        if self.nested:
+            args = (tuple(args),)
+        self.launch(*self.grid, stream, *self.behind, *args)
 
 
 def encode(fields, metadata, address: int):

@@ -284,26 +284,38 @@ def test_thread_without_a_context(mode, direct, monkeypatch):
     assert len(results) == 2 and torch.equal(*results)
 
 
-def test_what_a_recorded_pass_replays(monkeypatch):
+@pytest.mark.parametrize('form', ['3.6', '3.7', 'scratch'])
+def test_what_a_recorded_pass_replays(form, monkeypatch):
     """Without a GPU: which addresses its launches get, what it allocates and returns, and what it frees."""
     made, seen = [], []
 
     class Compiled:
-        metadata = packed_metadata = function = None
+        metadata, packed_metadata, function = None, 'metadata', 'function'
 
         def __getitem__(self, grid):
             return lambda *args, **constants: self
 
-        def run(*args):
-            seen.append([x for x in args[9:] if isinstance(x, int)])
+    class Run:
+        """As triton's, in the form of some version: what the kernel gets goes through `__call__` to `launch`."""
 
-        run.global_scratch_size = 0
+        global_scratch_size, profile_scratch_size = int(form == 'scratch'), 0
 
+        def __call__(self, gridX, gridY, gridZ, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
+            self.launch(gridX, gridY, gridZ, stream, function, False, None, metadata, *([args] if form == '3.7' else args))
+
+        def launch(self, *args):
+            assert args[:8] == (1, 1, 1, 7, 'function', False, None, 'metadata')
+            (args,) = args[8:] if form == '3.7' else (args[8:],)
+            assert len(args) == 4 and args[3] == 'last'
+            seen.append([x for x in args if isinstance(x, int)])
+
+    Compiled.run = Run()
     kernel = Compiled()
-    kernel.arg_names = ('x', 'y', 'z')
-    active = SimpleNamespace(get_current_stream=lambda device: 0)
+    kernel.arg_names = ('x', 'y', 'z', 'last')
+    active = SimpleNamespace(get_current_stream=lambda device: 7)
     runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
-    fake = SimpleNamespace(compiler=SimpleNamespace(CompiledKernel=Compiled), runtime=runtime)
+    compiler = SimpleNamespace(CompiledKernel=Compiled)
+    fake = SimpleNamespace(compiler=compiler, runtime=runtime, set_allocator=lambda allocator: None)
     monkeypatch.setattr(_launch, 'triton', fake)
     monkeypatch.setattr(_launch, 'observed', lambda: False)
     monkeypatch.setattr(_launch, 'compile_all', lambda plans, device: None)
@@ -311,7 +323,7 @@ def test_what_a_recorded_pass_replays(monkeypatch):
 
     @_launch.launcher
     def launch(x, y, z, number):
-        return kernel, (1, 1, 1), (x, y, z), {}
+        return kernel, (1, 1, 1), (x, y, z), {'last': 'last'}
 
     @_launch.recorded
     def a_pass(x, y, absent, number):
