@@ -13,6 +13,7 @@ there will be, and these are compiled side by side.
 import copy
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -235,18 +236,24 @@ class Program:
         self.by_identity = {id(x): i for i, x in enumerate(tensors)}
 
     def allocated(self, x, how, shape, dtype):
+        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.allocate(how, shape, dtype, x.nbytes)
+
+    def allocate(self, how, shape, dtype, size):
         number = len(self.given) + len(self.allocations)
-        self.allocations[number] = how, shape, dtype, x.nbytes
+        self.allocations[number] = how, shape, dtype, size
         self.steps.append((number, None))
-        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = number
+        return number
 
     def launched(self, compiled, grid, args, tensors):
         numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
         self.complete &= all(x is None or number is not None for x, number in zip(tensors, numbers))
-        if isinstance(compiled, triton.compiler.CompiledKernel):
-            self.steps.append((Launch(compiled, grid, args, tensors, numbers), {*numbers}))
-        else:
+        if not isinstance(compiled, triton.compiler.CompiledKernel):
             self.complete = False
+            return
+        launch = Launch(compiled, grid, args, tensors, numbers)
+        if launch.scratch_size:
+            launch.scratch = self.allocate('new_empty', (launch.scratch_size,), torch.int8, launch.scratch_size)
+        self.steps.append((launch, {*numbers, launch.scratch}))
 
     def finish(self, results):
         """Put together what a replay does; whether all of the pass is recorded."""
@@ -344,22 +351,25 @@ class Launch:
                 fields = {name: field for name, field in vars(arg).items() if name != 'base'}
                 self.descriptors.append((numbers[i], len(self.args), functools.partial(encode, fields, next(metadata)), {}))
                 self.args += [None, *arg.shape, *arg.strides]
-        self.compiled, self.grid = compiled, grid  # the one keeps the kernel on the device
-        self.behind = [compiled.function, compiled.packed_metadata, None, None, None]
-        self.nested = False
-        self.launch = run = copy.copy(compiled.run)
+        run = copy.copy(compiled.run)
         if self.descriptors:
             # triton's own encodes the descriptors and goes on with another one
             run.launch = inspect.getclosurevars(run.launch).nonlocals['launcher']
-        self.needs_scratch = run.global_scratch_size + run.profile_scratch_size > 0
-        if not self.needs_scratch:
-            # What triton does in Python, nearly half of the time of a launch, is then the same each time. All of it goes on to a function
-            # in C, the arguments of the kernel last, from triton 3.7 on as a tuple.
-            passed = []
-            self.launch, run.launch = run.launch, lambda *args: passed.extend(args)
-            run(*grid, 0, *self.behind, *self.args)
-            self.nested = passed[-len(self.args) :] != self.args
-            self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]
+        # What triton does in Python, nearly half of the time of a launch, is the same each time. All of it goes on to a function in C, the
+        # arguments of the kernel last, from triton 3.7 on as a tuple.
+        passed = []
+        self.launch, run.launch = run.launch, lambda *args: passed.extend(args)
+        triton.set_allocator(lambda size, alignment, stream: scratch)
+        try:
+            run(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *self.args)
+        finally:
+            triton.set_allocator(scratch)
+        self.compiled, self.grid = compiled, grid  # the one keeps the kernel on the device
+        self.nested = passed[-len(self.args) :] != self.args
+        self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]  # what is behind grid and stream
+        self.scratch_size = run.global_scratch_size * run.num_ctas * math.prod(grid)
+        self.scratch = None  # the number of what is allocated for that
+        self.place = self.behind.index(scratch) if self.scratch_size else None
 
     def __call__(self, addresses, stream):
         args = self.args.copy()
@@ -373,11 +383,11 @@ class Launch:
                     encoded.clear()
                 descriptor = encoded[address] = encoder(address)
             args[place] = descriptor
-        if self.needs_scratch:
-            triton.set_allocator(scratch)
-        if self.nested:
-            args = (tuple(args),)
-        self.launch(*self.grid, stream, *self.behind, *args)
+        behind = self.behind
+        if self.scratch is not None:
+            behind = behind.copy()
+            behind[self.place] = addresses[self.scratch]
+        self.launch(*self.grid, stream, *behind, *([tuple(args)] if self.nested else args))
 
 
 def encode(fields, metadata, address: int):

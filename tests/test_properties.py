@@ -40,7 +40,7 @@ from fla_simple_gla import (
 )
 from fla_simple_gla._gates import anchor_tokens, chunk_gates
 from fla_simple_gla._layout import is_hopper, rows_in_place
-from fla_simple_gla._triton import triton
+from fla_simple_gla._triton import scratch, triton
 from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
 from fla_simple_gla.parallel import attention_config, block_sums
 from fla_simple_gla.parallel import hopper_for as walks_for
@@ -287,7 +287,7 @@ def test_thread_without_a_context(mode, direct, monkeypatch):
 @pytest.mark.parametrize('form', ['3.6', '3.7', 'scratch'])
 def test_what_a_recorded_pass_replays(form, monkeypatch):
     """Without a GPU: which addresses its launches get, what it allocates and returns, and what it frees."""
-    made, seen = [], []
+    made, seen, scratches, allocators = [], [], [], []
 
     class Compiled:
         metadata, packed_metadata, function = None, 'metadata', 'function'
@@ -298,13 +298,15 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     class Run:
         """As triton's, in the form of some version: what the kernel gets goes through `__call__` to `launch`."""
 
-        global_scratch_size, profile_scratch_size = int(form == 'scratch'), 0
+        global_scratch_size, num_ctas = 24 * (form == 'scratch'), 2
 
         def __call__(self, gridX, gridY, gridZ, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
-            self.launch(gridX, gridY, gridZ, stream, function, False, None, metadata, *([args] if form == '3.7' else args))
+            memory = allocators[-1](48, 128, stream) if form == 'scratch' else None
+            self.launch(gridX, gridY, gridZ, stream, function, False, memory, metadata, *([args] if form == '3.7' else args))
 
         def launch(self, *args):
-            assert args[:8] == (1, 1, 1, 7, 'function', False, None, 'metadata')
+            assert (*args[:6], args[7]) == (1, 1, 1, 7, 'function', False, 'metadata')
+            scratches.append(args[6])
             (args,) = args[8:] if form == '3.7' else (args[8:],)
             assert len(args) == 4 and args[3] == 'last'
             seen.append([x for x in args if isinstance(x, int)])
@@ -315,7 +317,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     active = SimpleNamespace(get_current_stream=lambda device: 7)
     runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
     compiler = SimpleNamespace(CompiledKernel=Compiled)
-    fake = SimpleNamespace(compiler=compiler, runtime=runtime, set_allocator=lambda allocator: None)
+    fake = SimpleNamespace(compiler=compiler, runtime=runtime, set_allocator=allocators.append)
     monkeypatch.setattr(_launch, 'triton', fake)
     monkeypatch.setattr(_launch, 'observed', lambda: False)
     monkeypatch.setattr(_launch, 'compile_all', lambda plans, device: None)
@@ -373,13 +375,13 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
         return x
 
     def watched_zeros(*args, **kwargs):
-        assert between[0]() is None
+        assert all(made() is None for made in between)
         return new_zeros(*args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
     monkeypatch.setattr(torch.Tensor, 'new_zeros', watched_zeros)
     call(x, y, number=3)
-    assert len(between) == 1
+    assert len(between) == (4 if form == 'scratch' else 1)
 
     # small ones share an allocation, and results are made like what is given where they are
     monkeypatch.setattr(_launch, 'SMALL', 4 * 100)
@@ -400,6 +402,8 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
         sizes.append([made().numel() for made in between if made() is not None])
     (a, b, c), (large, last) = seen
     assert (b - a, c - b) == (256, 512) and last == result.data_ptr()
+    assert allocators[-1] is scratch
+    assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1536] if form == 'scratch' else [None, None])
     assert (result.shape, other.shape) == ((4,), (5,)) and sizes == [[4, 5], [5]]
 
     @_launch.recorded
@@ -564,6 +568,7 @@ def test_how_many_segments(monkeypatch):
     # here a half would save less than the launches take
     assert segments(4, 2048, 16, 128, specialized=True) == 1
     assert segments(8, 1024, 8, 64, specialized=True) == 1
+    assert segments(2, 2048, 16, 128, specialized=True) == 4
     # packed ones: as one, unless they are many and short
     assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
     assert segments(1, 131072, 8, 128, 2000) == 1
