@@ -113,7 +113,7 @@ def layouts(tensors: tuple[torch.Tensor | None, ...], addresses: list[int | None
 
 
 class Recording(threading.local):
-    plans = None  # what is to be launched in the pass that is being rehearsed in this thread
+    launches = None  # what is to be launched in the pass that is being rehearsed in this thread
     program = None  # that of the pass that is being recorded
 
     def __init__(self):
@@ -136,7 +136,7 @@ def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 def allocate(like, how, shape, dtype):
     dtype = dtype or like.dtype
-    if recording.plans is not None:
+    if recording.launches is not None:
         return torch.empty(shape, dtype=dtype, device='meta')
     x = getattr(like, how)(shape, dtype=dtype)
     if recording.program is not None:
@@ -144,19 +144,19 @@ def allocate(like, how, shape, dtype):
     return x
 
 
-def launcher(plan: Callable) -> Callable:
+def launcher(prepare: Callable) -> Callable:
     """Decorates a function that tells how to launch a kernel, which is then called as `launch(tensors, *numbers)`.
 
-    The function, `plan(*tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. Its
+    The function, `prepare(*tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. Its
     tensors are the kernel's first arguments, in this order, each None, as it is or in a descriptor; in a rehearsal those that the pass
     allocates are on the meta device.
     """
 
-    @functools.wraps(plan)
+    @functools.wraps(prepare)
     def launch(tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
-        kernel, grid, args, constants = plan(*tensors, *numbers)
-        if recording.plans is not None:
-            recording.plans.append((kernel, grid, args, constants))
+        kernel, grid, args, constants = prepare(*tensors, *numbers)
+        if recording.launches is not None:
+            recording.launches.append((kernel, grid, args, constants))
             return
         compiled = kernel[grid](*args, **constants)
         if recording.program is not None:
@@ -195,12 +195,12 @@ def recorded(run: Callable) -> Callable:
             return program(tensors, addresses, device)
         if len(programs) >= MOST:
             programs.clear()
-        plans = recording.plans = []
+        launches = recording.launches = []
         try:
             run(*tensors, *numbers)
         finally:
-            recording.plans = None
-        compile_all(plans, device)
+            recording.launches = None
+        compile_all(launches, device)
         program = recording.program = Program(tensors, addresses)
         try:
             results = run(*tensors, *numbers)
@@ -312,7 +312,7 @@ class Program:
         return tuple([None if i is None else tensors[i] for i in self.results])
 
 
-def compile_all(plans, device):
+def compile_all(launches, device):
     """Bring kernels into triton's cache and onto the device, those that were not asked for before."""
 
     def load(kernel):
@@ -321,9 +321,9 @@ def compile_all(plans, device):
             return kernel and kernel.run  # which compiles a launcher too, in triton 3.6
 
     new = {}
-    for kernel, grid, args, constants in plans:
+    for kernel, grid, args, constants in launches:
         new.setdefault((device, kernel, *constants.items()), (kernel, grid, args, constants))
-    new = {key: plan for key, plan in new.items() if key not in asked_for}
+    new = {key: launch for key, launch in new.items() if key not in asked_for}
     if len(new) > 1:
         with ThreadPoolExecutor() as pool:
             with triton.AsyncCompileMode(pool):
@@ -359,11 +359,13 @@ class Launch:
         # arguments of the kernel last, from triton 3.7 on as a tuple.
         passed = []
         self.launch, run.launch = run.launch, lambda *args: passed.extend(args)
-        triton.set_allocator(lambda size, alignment, stream: scratch)
+        if run.global_scratch_size:
+            triton.set_allocator(lambda size, alignment, stream: scratch)
         try:
             run(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *self.args)
         finally:
-            triton.set_allocator(scratch)
+            if run.global_scratch_size:
+                triton.set_allocator(scratch)
         self.compiled, self.grid = compiled, grid  # the one keeps the kernel on the device
         self.nested = passed[-len(self.args) :] != self.args
         self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]  # what is behind grid and stream

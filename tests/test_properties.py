@@ -320,7 +320,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     fake = SimpleNamespace(compiler=compiler, runtime=runtime, set_allocator=allocators.append)
     monkeypatch.setattr(_launch, 'triton', fake)
     monkeypatch.setattr(_launch, 'observed', lambda: False)
-    monkeypatch.setattr(_launch, 'compile_all', lambda plans, device: None)
+    monkeypatch.setattr(_launch, 'compile_all', lambda launches, device: None)
     monkeypatch.setattr(_launch, 'DIRECT', True)
 
     @_launch.launcher
@@ -402,7 +402,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
         sizes.append([made().numel() for made in between if made() is not None])
     (a, b, c), (large, last) = seen
     assert (b - a, c - b) == (256, 512) and last == result.data_ptr()
-    assert allocators[-1] is scratch
+    assert allocators[-1:] == [scratch] * (form == 'scratch')
     assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1536] if form == 'scratch' else [None, None])
     assert (result.shape, other.shape) == ((4,), (5,)) and sizes == [[4, 5], [5]]
 
@@ -568,7 +568,6 @@ def test_how_many_segments(monkeypatch):
     # here a half would save less than the launches take
     assert segments(4, 2048, 16, 128, specialized=True) == 1
     assert segments(8, 1024, 8, 64, specialized=True) == 1
-    assert segments(2, 2048, 16, 128, specialized=True) == 4
     # packed ones: as one, unless they are many and short
     assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
     assert segments(1, 131072, 8, 128, 2000) == 1
