@@ -68,13 +68,13 @@ def plan_for(
     cu_seqlens: torch.Tensor | None,
     state_v_first: bool = False,
 ) -> Plan:
-    """The plan of calls with such arguments. The first ones of a kind are checked."""
+    """The plan of calls with such arguments. The first ones of a kind are checked, and those of subclasses, which may have no memory."""
     plan = key = None
-    if not torch.compiler.is_compiling():
+    if type(q) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         try:
             key = scale, state_v_first, *layouts((q, k, v, g, g_gamma, initial_state, cu_seqlens), [])
             plan = plans.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # no tensors, which the check refuses, or tensors without memory
+        except (AttributeError, TypeError, RuntimeError):  # something else than tensors, which the check refuses, or without memory
             key = None
     if plan is None:
         plan = Plan(check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first))

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from harness import DEVICE, MODES, STATEFUL
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fla_simple_gla
 from fla_simple_gla._launch import plan_for
@@ -105,6 +106,16 @@ def test_bad_input(mode, changes, error, message):
     for _ in range(2):
         with pytest.raises(error, match=message):
             MODES[mode](**arguments(**changes))
+
+
+@pytest.mark.filterwarnings('error')
+def test_fake_tensors_are_checked_each_time():
+    """They have no memory to tell a layout from; PyTorch warns of looks at it."""
+    with FakeTensorMode():
+        good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
+        assert plan_for(**good) is not plan_for(**good)
+        with pytest.raises(ValueError, match="k must have q's shape"):
+            plan_for(**good | {'k': zeros(2, 5, 2, 9)})
 
 
 @pytest.mark.parametrize('mode', MODES)
