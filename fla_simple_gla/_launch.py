@@ -25,8 +25,8 @@ from ._triton import INTERPRET, scratch, triton
 from ._validation import check_inputs
 
 # Versions of triton of which it is known that a compiled kernel takes all arguments, constants too, in the order of the parameters,
-# addresses as integers, and in the place of a descriptor the encoded one, its shape and its strides. With others every launch goes the
-# usual way.
+# addresses as integers, and in the place of a descriptor the encoded one, its shape and its strides; and that its launcher hands all it is
+# given on to one function. With others every launch goes the usual way.
 VERSIONS = ('3.6', '3.7', '3.8', '3.9')
 DIRECT = (
     triton is not None and not INTERPRET and torch.version.cuda is not None and '.'.join(triton.__version__.split('.')[:2]) in VERSIONS
@@ -34,7 +34,7 @@ DIRECT = (
 # Plans that are kept, programs of one pass, and encoded descriptors of one argument of a launch
 MOST = 1024
 MOST_ADDRESSES = 64
-# Bytes of a tensor that a replay may keep until its end, so that it shares an allocation with others
+# Bytes of a tensor that a replay may keep until its end, so that it shares one allocation with all others of no more
 SMALL = 2**24
 # What addresses are multiples of, of tensors that share an allocation: more than any load or descriptor asks for
 ALIGNMENT = 256
@@ -43,8 +43,9 @@ ALIGNMENT = 256
 class Plan:
     """What calls with arguments of the same layouts have in common."""
 
-    def __init__(self, scale: float):
+    def __init__(self, scale: float, kept: bool):
         self.scale = scale
+        self.kept = kept  # for later calls
         self.choices = {}
 
     def once(self, choose: Callable, *args):
@@ -72,12 +73,14 @@ def plan_for(
     plan = key = None
     if type(q) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         try:
-            key = scale, state_v_first, *layouts((q, k, v, g, g_gamma, initial_state, cu_seqlens), [])
+            # the type: 1 + 0j equals 1.0, but is no scale
+            key = type(scale), scale, bool(state_v_first), *layouts((q, k, v, g, g_gamma, initial_state, cu_seqlens), [])
             plan = plans.get(key)
         except (AttributeError, TypeError, RuntimeError):  # something else than tensors, which the check refuses, or without memory
             key = None
     if plan is None:
-        plan = Plan(check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first))
+        scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+        plan = Plan(scale, kept=key is not None)
         if key is not None:
             if len(plans) >= MOST:
                 plans.clear()
@@ -171,7 +174,7 @@ def recorded(run: Callable) -> Callable:
     The first tensor is not None. The pass returns a tuple of tensors that it was given or allocated, and None. All it does with tensors is
     to allocate them with `empty` and `zeros` and to give them to launchers, whole. How it does so depends on nothing but the numbers,
     which are hashable, and of the tensors on dtypes, shapes, strides, devices, whether an address is a multiple of 16, and which are None.
-    A plan that is given tells all that of the tensors.
+    A plan that is given tells all that of the tensors, if it is one that is kept.
     """
     programs = {}
 
@@ -184,7 +187,7 @@ def recorded(run: Callable) -> Callable:
             enter_context(tensors[0])
         if not DIRECT or observed():
             return run(*tensors, *numbers)
-        if plan is None:
+        if plan is None or not plan.kept:
             addresses = []
             key = (*numbers, *layouts(tensors, addresses))
         else:
@@ -227,21 +230,22 @@ class Program:
     """What a pass did, in terms of tensors by number: those it was given, then those it allocated. It holds on to none of them."""
 
     def __init__(self, tensors, addresses):
-        self.given = [(x.shape, x.stride(), x.dtype) if x is not None else None for x in tensors]
+        self.given = [(type(x), x.dtype, x.shape, x.stride()) if x is not None else None for x in tensors]
         self.allocations = {}  # by number: how, shape, dtype, and bytes
-        self.steps = []  # the number of what is allocated, or a launch and the numbers of its tensors
+        self.recorded = []  # the number of what is allocated and None, or a launch and the numbers of its tensors
+        self.steps = []  # of a replay: a launch; or None, a number, and what allocates it, or None to free it
         self.complete = True
         # the latest with an address or an identity is the one that is alive, and of the given ones the first
         self.by_address = {address: i for i, address in reversed([*enumerate(addresses)])}
         self.by_identity = {id(x): i for i, x in enumerate(tensors)}
 
     def allocated(self, x, how, shape, dtype):
-        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.allocate(how, shape, dtype, x.nbytes)
+        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = self.add(how, shape, dtype, x.nbytes)
 
-    def allocate(self, how, shape, dtype, size):
+    def add(self, how, shape, dtype, size):
         number = len(self.given) + len(self.allocations)
         self.allocations[number] = how, shape, dtype, size
-        self.steps.append((number, None))
+        self.recorded.append((number, None))
         return number
 
     def launched(self, compiled, grid, args, tensors):
@@ -252,8 +256,8 @@ class Program:
             return
         launch = Launch(compiled, grid, args, tensors, numbers)
         if launch.scratch_size:
-            launch.scratch = self.allocate('new_empty', (launch.scratch_size,), torch.int8, launch.scratch_size)
-        self.steps.append((launch, {*numbers, launch.scratch}))
+            launch.scratch = self.add('new_empty', (launch.scratch_size,), torch.int8, launch.scratch_size)
+        self.recorded.append((launch, {*numbers, launch.scratch}))
 
     def finish(self, results):
         """Put together what a replay does; whether all of the pass is recorded."""
@@ -269,45 +273,44 @@ class Program:
         # the others are freed behind their last launch
         needed = {*self.results, *range(len(self.given))}
         needed.update(number for number in self.allocations if self.offsets[number - len(self.given)] is not None)
-        steps = []
-        for what, numbers in reversed(self.steps):
+        for what, numbers in reversed(self.recorded):
             if isinstance(what, Launch):
                 freed = numbers - needed - {None}
-                steps += [(None, number, None) for number in freed]
+                self.steps += [(None, number, None) for number in freed]
                 needed |= freed
-                steps.append((what, None, None))
+                self.steps.append((what, None, None))
             elif self.offsets[what - len(self.given)] is None:
-                steps.append((None, what, self.allocation(*self.allocations[what][:3])))
-        self.steps = steps[::-1]
-        del self.by_address, self.by_identity, self.allocations
+                self.steps.append((None, what, self.maker(*self.allocations[what][:3])))
+        self.steps.reverse()
+        del self.by_address, self.by_identity, self.allocations, self.recorded
         return self.complete
 
-    def allocation(self, how, shape, dtype):
-        """What allocates such a tensor, given the others."""
-        strides = torch.empty(shape, device='meta').stride()
-        if how == 'new_empty' and (torch.Size(shape), strides, dtype) in self.given:
-            # a third of the time
-            like = self.given.index((torch.Size(shape), strides, dtype))
-            return lambda tensors: torch.empty_like(tensors[like])
+    def maker(self, how, shape, dtype):
+        """What allocates such a tensor, from the tensors so far."""
+        twin = torch.Tensor, dtype, torch.Size(shape), torch.empty(shape, device='meta').stride()
+        if how == 'new_empty' and twin in self.given:
+            # two thirds of the time
+            number = self.given.index(twin)
+            return lambda tensors: torch.empty_like(tensors[number])
         return lambda tensors: getattr(tensors[0], how)(shape, dtype=dtype)
 
     def __call__(self, tensors, addresses, device):
         stream = triton.runtime.driver.active.get_current_stream(device)
         start = 0
         if self.shared:
-            # of floats, which PyTorch can fill with NaN
-            shared = tensors[0].new_empty(self.shared // 4, dtype=torch.float32)
+            # the largest integer, with which PyTorch can be told to fill it, is NaN in every floating dtype
+            shared = tensors[0].new_empty(self.shared // 4, dtype=torch.int32)
             start = shared.data_ptr()
         addresses += [None if offset is None else start + offset for offset in self.offsets]
         tensors = [*tensors, *[None] * len(self.offsets)]
-        for launch, number, allocate in self.steps:
+        for launch, number, make in self.steps:
             if launch is not None:
                 launch(addresses, stream)
-            elif allocate is None:
+            elif make is None:
                 tensors[number] = None
             else:
                 # by no name of its own, which would keep it from being freed
-                tensors[number] = allocate(tensors)
+                tensors[number] = make(tensors)
                 addresses[number] = tensors[number].data_ptr()
         return tuple([None if i is None else tensors[i] for i in self.results])
 
@@ -358,7 +361,8 @@ class Launch:
         # What triton does in Python, nearly half of the time of a launch, is the same each time. All of it goes on to a function in C, the
         # arguments of the kernel last, from triton 3.7 on as a tuple.
         passed = []
-        self.launch, run.launch = run.launch, lambda *args: passed.extend(args)
+        self.launch = run.launch
+        run.launch = lambda *args: passed.extend(args)
         if run.global_scratch_size:
             triton.set_allocator(lambda size, alignment, stream: scratch)
         try:
@@ -370,7 +374,7 @@ class Launch:
         self.nested = passed[-len(self.args) :] != self.args
         self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]  # what is behind grid and stream
         self.scratch_size = run.global_scratch_size * run.num_ctas * math.prod(grid)
-        self.scratch = None  # the number of what is allocated for that
+        self.scratch = None  # the number of what the program allocates for that
         self.place = self.behind.index(scratch) if self.scratch_size else None
 
     def __call__(self, addresses, stream):

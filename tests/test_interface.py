@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ BAD = [
     ({'g_gamma': zeros(4)}, ValueError, 'g and g_gamma are both given'),
     ({'g': None, 'g_gamma': zeros(2)}, ValueError, r'g_gamma must have shape \[H\] = \[4\], got \[2\]'),
     ({'scale': '1'}, TypeError, 'scale must be a number or None, got str'),
+    ({'scale': complex(1)}, TypeError, 'scale must be a number or None, got complex'),
+    ({'scale': [1.0]}, TypeError, 'scale must be a number or None, got list'),
     ({'scale': torch.ones(1)}, TypeError, 'scale must be a number or None, got Tensor'),
     ({'cu_seqlens': CU}, ValueError, 'q must have a batch of 1 with cu_seqlens, got 2'),
     (PACKED | {'cu_seqlens': [0, 5]}, TypeError, 'cu_seqlens must be a torch.Tensor, got list'),
@@ -102,10 +105,27 @@ BAD_OF_MODE = {
 def test_bad_input(mode, changes, error, message):
     """The second time too, and beside good input that was let pass."""
     good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
-    assert plan_for(**good) is plan_for(**good)
+    for change in ({}, {'scale': 1.0}, {'initial_state': STATE}):
+        assert plan_for(**good | change) is plan_for(**good | change)
     for _ in range(2):
         with pytest.raises(error, match=message):
             MODES[mode](**arguments(**changes))
+
+
+def test_what_plans_depend_on():
+    good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
+    memory = zeros(2 * 5 * 2 * 8 + 1)
+    aligned, odd = memory[:-1].view(2, 5, 2, 8), memory[1:].view(2, 5, 2, 8)
+    changes = [
+        {}, {'q': odd}, {'q': aligned, 'k': aligned}, {'q': zeros(2, 2, 5, 8).transpose(1, 2)}, {'g': None}, {'scale': 2.0},
+        {'g': good['g'].double()}, {'initial_state': zeros(2, 4, 8, 6)}, {'g': None, 'g_gamma': zeros(4)},
+    ]  # fmt: skip
+    plans = [plan_for(**good | change) for change in changes]
+    assert len({*plans}) == len(changes)
+    assert plans == [plan_for(**good | change) for change in changes]
+    choose = mock.Mock(return_value='choice')
+    assert [plans[0].once(choose, 1) for _ in range(2)] == ['choice'] * 2
+    choose.assert_called_once_with(1)
 
 
 @pytest.mark.filterwarnings('error')
@@ -113,7 +133,7 @@ def test_fake_tensors_are_checked_each_time():
     """They have no memory to tell a layout from; PyTorch warns of looks at it."""
     with FakeTensorMode():
         good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
-        assert plan_for(**good) is not plan_for(**good)
+        assert plan_for(**good) is not plan_for(**good) and not plan_for(**good).kept
         with pytest.raises(ValueError, match="k must have q's shape"):
             plan_for(**good | {'k': zeros(2, 5, 2, 9)})
 

@@ -298,14 +298,14 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     class Run:
         """As triton's, in the form of some version: what the kernel gets goes through `__call__` to `launch`."""
 
-        global_scratch_size, num_ctas = 24 * (form == 'scratch'), 2
+        global_scratch_size, num_ctas = 50 * (form == 'scratch'), 2
 
         def __call__(self, gridX, gridY, gridZ, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
-            memory = allocators[-1](48, 128, stream) if form == 'scratch' else None
+            memory = allocators[-1](300, 128, stream) if form == 'scratch' else None
             self.launch(gridX, gridY, gridZ, stream, function, False, memory, metadata, *([args] if form == '3.7' else args))
 
         def launch(self, *args):
-            assert (*args[:6], args[7]) == (1, 1, 1, 7, 'function', False, 'metadata')
+            assert (*args[:6], args[7]) == (1, 3, 1, 7, 'function', False, 'metadata')
             scratches.append(args[6])
             (args,) = args[8:] if form == '3.7' else (args[8:],)
             assert len(args) == 4 and args[3] == 'last'
@@ -325,7 +325,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
 
     @_launch.launcher
     def launch(x, y, z, number):
-        return kernel, (1, 1, 1), (x, y, z), {'last': 'last'}
+        return kernel, (1, 3, 1), (x, y, z), {'last': 'last'}
 
     @_launch.recorded
     def a_pass(x, y, absent, number):
@@ -343,11 +343,11 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
         assert (result.tolist(), absent, given is x) == ([0, 0, 0], None, True)
         return result
 
-    x, y = torch.ones(4), torch.ones(6)
+    x, y = torch.ones(4), torch.ones(4)
     call(x, y)
     # a rehearsal without memory, and the pass as triton launches it
     assert (made, seen) == (['meta', 'cpu'], [])
-    for again in ((x, y), (torch.ones(4), torch.ones(6))):
+    for again in ((x, y), (torch.ones(4), torch.ones(4))):
         x, y = again
         result = call(x, y)
         (x_1, between_1), (between_2, y_2), (result_3,) = seen
@@ -391,7 +391,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     def several(x):
         a, b, c, large, result = (_launch.empty(x, n) for n in (3, 100, 70, 101, 4))
         launch((a, b, c), 0)
-        launch((large, result, None), 0)
+        launch((large, result, _launch.zeros(x, 2)), 0)
         return result, _launch.empty(x, 5)
 
     monkeypatch.setattr(torch.Tensor, 'new_zeros', new_zeros)
@@ -400,11 +400,27 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
         between.clear()
         result, other = several((x,))
         sizes.append([made().numel() for made in between if made() is not None])
-    (a, b, c), (large, last) = seen
+    (a, b, c), (large, last, zeros) = seen
     assert (b - a, c - b) == (256, 512) and last == result.data_ptr()
+    assert not 0 <= zeros - a < 2048
     assert allocators[-1:] == [scratch] * (form == 'scratch')
-    assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1536] if form == 'scratch' else [None, None])
+    assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1792] if form == 'scratch' else [None, None])
     assert (result.shape, other.shape) == ((4,), (5,)) and sizes == [[4, 5], [5]]
+
+    # a plan stands for the layouts, if it is kept
+    @_launch.recorded
+    def planned(x, number):
+        made.append(number)
+        launch((x, None, None), number)
+        return (x,)
+
+    plan = _launch.Plan(1.0, kept=True)
+    for next_plan in (lambda: plan, lambda: _launch.Plan(1.0, kept=False)):
+        for number in (1, 2):
+            made.clear()
+            for x in (torch.ones(4), torch.ones(4)):
+                planned((x,), number, plan=next_plan())
+            assert made == [number] * 2 and seen[-1] == [x.data_ptr()]
 
     @_launch.recorded
     def another(x):
