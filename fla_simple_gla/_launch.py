@@ -58,18 +58,10 @@ class Plan:
 plans = {}
 
 
-def plan_for(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    g_gamma: torch.Tensor | None,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_v_first: bool = False,
-) -> Plan:
-    """The plan of calls with such arguments. The first ones of a kind are checked, and those of subclasses, which may have no memory."""
+def plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first=False) -> Plan:
+    """The plan of calls with such arguments, those of `check_inputs`. The first ones of a kind are checked, and all of subclasses, which
+    may have no memory.
+    """
     plan = key = None
     if type(q) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         try:

@@ -250,8 +250,8 @@ RESIDENT = 2
 SHARING = 0.3
 # Of a summary that reads every chunk beside a sweep over the same ones, in both directions together (what has decayed, and is left out,
 # the host does not know); of the launches for it, in chunks; of a segment in the combine, likewise. In a CUDA graph those launches took as
-# long as 6 to 13 chunks (one H200, shapes of 512 to 4096 tokens), but called one by one, with 16 here, 0.48 ms instead of 0.43 where one
-# piece was the other choice (B4 T4096 H16 D128).
+# long as 6 to 13 chunks (one H200, shapes of 512 to 4096 tokens). But with 16 here chunk fell behind fused_chunk, which runs in one piece:
+# forward at B4 T4096 H16 D128 0.112 ms to 0.097, and at B2 T2048 H16, where the host is the bound, 0.107 to 0.050.
 SUMMARY = 0.25
 LAUNCHES = 24
 COMBINE = 0.1
