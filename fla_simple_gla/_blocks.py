@@ -20,6 +20,15 @@ def sequence_bounds(cu_seqlens, i_n, N, T):
 
 
 @jit
+def state_slot(indices, i_n, N):
+    """Where the state of sequence i_n lies among others; -1 where it has none, in a pool."""
+    if indices is None:
+        return i_n.to(tl.int64)
+    else:
+        return tl.load(indices + i_n, mask=i_n < N, other=-1).to(tl.int64)
+
+
+@jit
 def first_slot(cu_seqlens, i_n, bos, T, BT):
     """Where the slots of sequence i_n begin, whose first token is bos."""
     if cu_seqlens is None:

@@ -58,7 +58,9 @@ class Plan:
 plans = {}
 
 
-def plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first=False) -> Plan:
+def plan_for(
+    q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first=False, state_indices=None, intermediate_states_buffer=None,
+) -> Plan:
     """The plan of calls with such arguments, those of `check_inputs`. The first ones of a kind are checked, and all of subclasses, which
     may have no memory.
     """
@@ -66,12 +68,15 @@ def plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_firs
     if type(q) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         try:
             # the type: 1 + 0j equals 1.0, but is no scale
-            key = type(scale), scale, bool(state_v_first), *layouts((q, k, v, g, g_gamma, initial_state, cu_seqlens), [])
+            tensors = q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, intermediate_states_buffer
+            key = type(scale), scale, bool(state_v_first), *layouts(tensors, [])
             plan = plans.get(key)
         except (AttributeError, TypeError, RuntimeError):  # something else than tensors, which the check refuses, or without memory
             key = None
     if plan is None:
-        scale = check_inputs(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+        scale = check_inputs(
+            q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices, intermediate_states_buffer,
+        )
         plan = Plan(scale, kept=key is not None)
         if key is not None:
             if len(plans) >= MOST:

@@ -18,6 +18,8 @@ def check_inputs(
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     state_v_first: bool = False,
+    state_indices: torch.Tensor | None = None,
+    intermediate_states_buffer: torch.Tensor | None = None,
 ) -> float:
     """Raise a `TypeError` or `ValueError` that names the argument, what it got and what it needs; return the scale."""
     for name, x in (('q', q), ('k', k), ('v', v)):
@@ -59,9 +61,22 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
+    dims, meaning = ([V, K], 'H, V, K]') if state_v_first else ([K, V], 'H, K, V]')
+    if state_indices is not None:
+        _check_state_indices(state_indices, q, N)
+        if initial_state is None:
+            raise ValueError('state_indices is given without initial_state, the pool in which it names slots')
+    if intermediate_states_buffer is not None:
+        _check_written('intermediate_states_buffer', intermediate_states_buffer, q)
+        if _shape(intermediate_states_buffer) != [B, T, H, *dims]:
+            what = f'[B, T, {meaning} = {[B, T, H, *dims]}'
+            raise ValueError(f'intermediate_states_buffer must have shape {what}, got {_shape(intermediate_states_buffer)}')
     if initial_state is not None:
         _check_tensor('initial_state', initial_state)
-        shape, meaning = ([N, H, V, K], '[N, H, V, K]') if state_v_first else ([N, H, K, V], '[N, H, K, V]')
+        shape, meaning = [N, H, *dims], '[N, ' + meaning
+        if state_indices is not None:
+            _check_written('initial_state', initial_state, q)
+            shape, meaning = [*initial_state.shape[:1], H, *dims], 'with state_indices [P, ' + meaning[4:]
         if _shape(initial_state) != shape:
             raise ValueError(f'initial_state must have shape {meaning} = {shape}, got {_shape(initial_state)}')
         _check_device('initial_state', initial_state, q)
@@ -71,6 +86,16 @@ def check_inputs(
     if not isinstance(scale, Real):
         raise TypeError(f'scale must be a number or None, got {type(scale).__name__}')
     return float(scale)
+
+
+def check_no_gradients(**inputs: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, x in inputs.items():
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f'{name} must not need gradients with state_indices or intermediate_states_buffer, which are for inference: call '
+                    'under torch.no_grad()'
+                )
 
 
 def check_cu_seqlens_cpu(cu_seqlens_cpu: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
@@ -127,6 +152,28 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     if q.shape[0] != 1:
         raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
     _check_device('cu_seqlens', cu_seqlens, q)
+
+
+def _check_written(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """What is read and written in place."""
+    _check_tensor(name, x)
+    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and q.device.type == 'cpu'):
+        raise TypeError(f'{name} is written in place, and must be bfloat16, float16 or float32, got {x.dtype}')
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        raise ValueError(f'{name} is written in place, and must not overlap with itself: got strides {x.stride()} of shape {_shape(x)}')
+    _check_device(name, x, q)
+
+
+def _check_state_indices(state_indices: torch.Tensor, q: torch.Tensor, N: int) -> None:
+    if not isinstance(state_indices, torch.Tensor):
+        raise TypeError(f'state_indices must be a torch.Tensor, got {type(state_indices).__name__}')
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f'state_indices must be int32 or int64, got {state_indices.dtype}')
+    if state_indices.shape != (N,):
+        raise ValueError(f'state_indices must have shape [N] = {[N]}, got {_shape(state_indices)}')
+    if not state_indices.is_contiguous():
+        raise ValueError(f'state_indices must be contiguous, got strides {state_indices.stride()}')
+    _check_device('state_indices', state_indices, q)
 
 
 def _shape(x: torch.Tensor) -> list[int]:

@@ -4,7 +4,8 @@
     o_t = scale * S_t^T q_t = scale * (exp(g_t) S_{t-1}^T q_t + (q_t . k_t) v_t)
 
 A program owns one head of one sequence and a tile of V columns, with the whole of K: the state [K, BV] stays in fp32 registers,
-all arithmetic is in fp32, and o needs no sum over programs.
+all arithmetic is in fp32, and o needs no sum over programs. The state is nearly all that a decode step moves: it is read from where
+`state_indices` says that it lies in a pool, and written back there.
 
 The gradients are three more runs of the same kernel, with other tensors in the roles of q, k and v, as in `fused_chunk.py`:
 
@@ -27,12 +28,13 @@ import warnings
 
 import torch
 
-from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds
+from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
-from ._launch import once_differentiable, plan_for
+from ._launch import empty, launcher, once_differentiable, plan_for, recorded
 from ._layout import rows_in_place, sum_heads, transposed
+from ._pool import in_pool
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import under_autocast
+from ._validation import check_no_gradients, under_autocast
 from .naive import naive_recurrent_simple_gla
 
 # Tokens between two anchors of the gate gradient: an fp32 sum of so many terms is good to about 2e-6.
@@ -44,14 +46,16 @@ def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     g,  # [B, T, H], any strides, or None
-    state_in,  # [N, H, K, V], any strides, or None
+    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     o,  # [B, T, H, V]
-    state_out,  # [N, H, K, V], any strides, or None
+    state_out,  # likewise
+    states,  # [B, T, H, K, V], any strides: the state behind every token; or None
     x,  # [B, T, H // GV, V], or None
     w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
     anchors,  # [slots, H, K, V]: states behind the last tokens of anchor blocks, likewise
     dg,  # [NV, B, H, T], the V tile's part, left by the adjoint
     cu_seqlens,  # [N + 1] or None
+    indices,  # [N]: the slots of state_in and state_out; or None
     scale,
     N, T,
     q_b, q_t, q_h,
@@ -61,6 +65,7 @@ def recurrent_kernel(
     x_b, x_t, x_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
+    s_b, s_t, s_h, s_k, s_v,
     part,  # B * H * T
     H: tl.constexpr,
     GQ: tl.constexpr,
@@ -99,9 +104,10 @@ def recurrent_kernel(
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
-    if cu_seqlens is not None:
-        # the tokens behind the last sequence
-        if i_n == N:
+    i_p = state_slot(indices, i_n, N)
+    if cu_seqlens is not None or indices is not None:
+        # the tokens behind the last sequence, and padding
+        if (i_n == N) | (i_p < 0):
             for _ in range(L):
                 tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
                 o += H * V
@@ -118,9 +124,11 @@ def recurrent_kernel(
     if x is not None:
         x += i_b * x_b + bos * x_t + i_h // GV * x_h + o_v
         anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+    if states is not None:
+        states += i_b * s_b + bos * s_t + i_h * s_h + o_k[:, None] * s_k + o_v[None, :] * s_v
 
     if state_in is not None:
-        p_s = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        p_s = state_in + i_p * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -163,6 +171,8 @@ def recurrent_kernel(
         b_s += b_k[:, None] * b_v[None, :]
         if ADJOINT:
             b_s *= decay
+        if states is not None:
+            tl.store(states + i_t * s_t, b_s, mask=m_s)
 
         if not ADJOINT and x is not None:
             if i == L - 1 or (i + 1) % BA == 0:
@@ -170,57 +180,86 @@ def recurrent_kernel(
         i += -1 if ADJOINT else 1
 
     if state_out is not None:
-        p_s = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+        p_s = state_out + i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
         tl.store(p_s, b_s, mask=m_s)
 
 
 def run_recurrence(
-    q, k, v, g, scale, cu_seqlens, *, state_in=None, state_out=None, x=None, w=None, anchors=None, reverse=False, adjoint=False,
+    q, k, v, g, scale, cu_seqlens, *, state_in=None, state_out=None, states=None, indices=None, x=None, w=None, anchors=None,
+    reverse=False, adjoint=False,
 ):
-    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`.
+    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`. With indices, state_in and state_out are
+    pools.
 
     H is the number of heads of the states; each of q and k, and of v and x, have it or a divisor of it.
     """
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    N = count_sequences(B, cu_seqlens)
-    o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-    BK = triton.next_power_of_2(K)
-    # with the number of warps below: at most 64 numbers of the state to a thread
-    BV = min(triton.next_power_of_2(V), 16 if BK <= 256 else 8)
-    NV = triton.cdiv(V, BV)
+    o = empty(q, B, T, H, V)
     dg = None
     if x is not None:
-        left = torch.empty(NV, B, H, T, dtype=torch.float32, device=q.device)
+        left = empty(q, triton.cdiv(V, recurrence_config(K, V)[0]), B, H, T, dtype=torch.float32)
         w, dg = (w, left) if adjoint else (left, None)
     # with packed sequences one more, the tokens behind them, which gets zeros
-    programs = (N + (cu_seqlens is not None)) * H * NV
-    if programs:
-        recurrent_kernel[(programs,)](
-            q, k, v, g, state_in, o, state_out, x, w, anchors, dg, cu_seqlens,
-            scale, N, T,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
-            *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-            B * H * T,
-            H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=BK, BV=BV, BA=ANCHOR, REVERSE=reverse, ADJOINT=adjoint,
-            num_warps=max(1, BK * BV // 2048),
-        )
+    sequences = count_sequences(B, cu_seqlens) + (cu_seqlens is not None)
+    if sequences:
+        launch_recurrence((q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices), scale, reverse, adjoint)
     return o, dg if adjoint else w
+
+
+def recurrence_config(K: int, V: int) -> tuple[int, int]:
+    """Columns of V of a program, and its warps: at most 64 numbers of the state to a thread."""
+    BK = triton.next_power_of_2(K)
+    BV = min(triton.next_power_of_2(V), 16 if BK <= 256 else 8)
+    return BV, max(1, BK * BV // 2048)
+
+
+@launcher
+def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices, scale, reverse, adjoint):
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    N = count_sequences(B, cu_seqlens)
+    BV, warps = recurrence_config(K, V)
+    args = (
+        q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices,
+        scale, N, T,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
+        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        *((0,) * 5 if states is None else states.stride()),
+        B * H * T,
+    )
+    constants = dict(
+        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR, REVERSE=reverse, ADJOINT=adjoint,
+        num_warps=warps,
+    )
+    return recurrent_kernel, ((N + (cu_seqlens is not None)) * H * triton.cdiv(V, BV), 1, 1), args, constants
+
+
+@recorded
+def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse):
+    """`o`, and the final state or None: with indices the pool, which initial_state then is."""
+    final_state = None
+    if indices is not None:
+        final_state = initial_state
+    elif output_final_state:
+        final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    o, _ = run_recurrence(
+        q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, states=states, indices=indices, reverse=reverse,
+    )
+    return o, final_state
 
 
 class FusedRecurrent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, initial_state, output_final_state, reverse, cu_seqlens):
+    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, reverse, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
-        final_state = None
-        if output_final_state:
-            N = count_sequences(q.shape[0], cu_seqlens)
-            final_state = q.new_empty(N, *v.shape[2:3], q.shape[3], v.shape[3], dtype=torch.float32)
-        o, _ = run_recurrence(q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, reverse=reverse)
+        tensors = q, k, v, g, initial_state, cu_seqlens, None, None
+        o, final_state = forward_pass(tensors, plan.scale, output_final_state, reverse, plan=plan)
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
-        ctx.scale, ctx.reverse = scale, reverse
+        ctx.scale, ctx.reverse = plan.scale, reverse
         ctx.set_materialize_grads(False)
         return o, final_state
 
@@ -263,6 +302,8 @@ def fused_recurrent_simple_gla(
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     *,
+    state_indices: torch.Tensor | None = None,
+    intermediate_states_buffer: torch.Tensor | None = None,
     transpose_state_layout: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Simple Gated Linear Attention, token by token: for decoding, with constant memory for each sequence.
@@ -288,10 +329,17 @@ def fused_recurrent_simple_gla(
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
             It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
+            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
+            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two equal indices or one
+            of P and above do is undefined. Nothing may need gradients.
+        intermediate_states_buffer: gets the state behind every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with state_v_first), in fp32,
+            bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is. For speculative decoding: of the T
+            draft tokens of sequence n, the state behind the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
         transpose_state_layout: deprecated name of state_v_first.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
@@ -318,15 +366,29 @@ def fused_recurrent_simple_gla(
         warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     q, k, v = under_autocast(q, k, v)
-    scale = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first).scale
-    h0 = transposed(initial_state, state_v_first)
+    plan = plan_for(
+        q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices, intermediate_states_buffer,
+    )
+    in_place = state_indices is not None or intermediate_states_buffer is not None
+    if in_place:
+        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
+    h0, states = transposed(initial_state, state_v_first), transposed(intermediate_states_buffer, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            o, ht = FusedRecurrent.apply(q, k, v, g, scale, h0, output_final_state, reverse, cu_seqlens)
+            if in_place:
+                tensors = *map(rows_in_place, (q, k, v)), g, h0, cu_seqlens, state_indices, states
+                o, ht = forward_pass(tensors, plan.scale, output_final_state, reverse, plan=plan)
+            else:
+                o, ht = FusedRecurrent.apply(q, k, v, g, plan, h0, output_final_state, reverse, cu_seqlens)
     else:
-        o, ht = naive_recurrent_simple_gla(
-            q, k, v, g, scale, h0, output_final_state, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse,
+        naive = functools.partial(
+            naive_recurrent_simple_gla, q, k, v, g, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse,
+            intermediate_states_buffer=states,
         )
-    return o, transposed(ht, state_v_first)
+        if state_indices is None:
+            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
+        else:
+            o, ht = in_pool(naive, h0, state_indices, cu_seqlens, states)
+    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

@@ -26,6 +26,7 @@ def naive_recurrent_simple_gla(
     g_gamma: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     reverse: bool = False,
+    intermediate_states_buffer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Token by token: `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale * S_t^T q_t`.
 
@@ -39,20 +40,29 @@ def naive_recurrent_simple_gla(
         g_gamma: log decay per head, `[H]`, in place of `g`. With neither, nothing decays.
         cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one.
         reverse: walk each sequence from its last token to its first.
+        intermediate_states_buffer: gets the state behind every token, `[B, T, H, K, V]`.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs) or None.
     """
 
+    states = []
+
     def recurrence(q, k, v, g, S):
         steps = range(q.shape[2])
         o = [None] * len(steps)
+        after = [None] * len(steps)
         for t in reversed(steps) if reverse else steps:
             S = S * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
             o[t] = torch.einsum('bhk,bhkv->bhv', q[:, :, t], S)
+            after[t] = S
+        states.extend(after)
         return torch.stack(o, 2), S
 
-    return _by_sequence(recurrence, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+    results = _by_sequence(recurrence, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+    if intermediate_states_buffer is not None and states:
+        intermediate_states_buffer[:, : len(states)] = torch.stack(states, 1)
+    return results
 
 
 def naive_chunk_simple_gla(
