@@ -25,12 +25,13 @@ import functools
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
 from ._launch import empty, launcher, once_differentiable, plan_for, recorded
 from ._layout import is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
+from ._pool import in_pool
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_chunk_size, check_cu_seqlens_cpu, under_autocast
+from ._validation import check_chunk_size, check_cu_seqlens_cpu, check_no_gradients, under_autocast
 from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
 from .naive import naive_chunk_simple_gla
 
@@ -139,10 +140,11 @@ def summary_kernel(
 
 @jit(do_not_specialize=['N', 'T', 'segment', 'reverse'])
 def combine_kernel(
-    state_in,  # [N, H, K, V], any strides, or None
+    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     states,  # [segment slots, H, K, V]: what each segment leaves of itself; then the states that each begins with
     decays,  # [segment slots, H], or None
     cu_seqlens,  # [N + 1] or None
+    indices,  # [N]: the slots of state_in; or None
     N, T,
     segment,  # tokens
     reverse,  # 1 back in time, else 0
@@ -168,8 +170,9 @@ def combine_kernel(
     slot = first_slot(cu_seqlens, i_n, bos, T, segment)
 
     if state_in is not None:
-        p_in = state_in + i_n.to(tl.int64) * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
-        b_s = tl.load(p_in, mask=m_s, other=0.0).to(tl.float32)
+        i_p = state_slot(indices, i_n, N)
+        p_in = state_in + i_p * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
+        b_s = tl.load(p_in, mask=m_s & (i_p >= 0), other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BS], tl.float32)
     # stages: the loads do not wait for the sum
@@ -204,13 +207,13 @@ def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse,
 
 
 @launcher
-def launch_combine(state, states, decays, cu_seqlens, N, T, segment, reverse):
+def launch_combine(state, states, decays, cu_seqlens, indices, N, T, segment, reverse):
     _, H, K, V = states.shape
-    args = state, states, decays, cu_seqlens, N, T, segment, int(reverse), *((0,) * 4 if state is None else state.stride())
+    args = state, states, decays, cu_seqlens, indices, N, T, segment, int(reverse), *((0,) * 4 if state is None else state.stride())
     return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
 
 
-def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False):
+def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False, indices=None):
     """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
     for k and v, the gradient of the state behind each segment, from that behind each sequence.
     """
@@ -221,7 +224,7 @@ def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, rever
     states = empty(k, slots, H, K, V, dtype=torch.float32)
     decays = None if c is None else empty(k, slots, H, dtype=torch.float32)
     launch_summary((k, v, c, states, decays, cu_seqlens), scale, segment, reverse, use_descriptors(k, v), precision)
-    launch_combine((state, states, decays, cu_seqlens), N, T, segment, reverse)
+    launch_combine((state, states, decays, cu_seqlens, indices), N, T, segment, reverse)
     return states
 
 
@@ -299,12 +302,15 @@ def segment_tokens(
 
 
 @recorded
-def forward_pass(q, k, v, g, initial_state, cu_seqlens, hopper, scale, output_final_state, precision, segment):
+def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, hopper, scale, output_final_state, precision, segment):
     c = None if segment is None and hopper else sweep_gates(q, v, g, cu_seqlens)
     state = initial_state
     if segment is not None:
-        state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment)
-    return *outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment), c, state
+        state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment, indices=indices)
+    results = outputs(
+        q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment, pool=initial_state, indices=indices,
+    )
+    return *results, c, state
 
 
 @recorded
@@ -322,14 +328,19 @@ def choices(q, k, v, cu_seqlens):
     return hopper, segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
 
 
+def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
+    """What `forward_pass` returns, how fp32 products were computed, and the tokens to a segment; q, k and v have rows in place."""
+    precision = fp32_precision(q.dtype)
+    hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
+    tensors = q, k, v, g, initial_state, cu_seqlens, indices
+    return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
+
+
 class Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
-        precision = fp32_precision(q.dtype)
-        hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
-        tensors = q, k, v, g, initial_state, cu_seqlens
-        o, final_state, c, state = forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan)
+        o, final_state, c, state, precision, segment = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
         ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
         ctx.scale, ctx.precision, ctx.segment = plan.scale, precision, segment
         ctx.set_materialize_grads(False)
@@ -360,6 +371,7 @@ def chunk_simple_gla(
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     chunk_size: int | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Simple Gated Linear Attention, chunk by chunk, with long sequences cut into segments that run at once: for training, and for
     reading prompts.
@@ -389,9 +401,13 @@ def chunk_simple_gla(
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
         chunk_size: tokens to a chunk, a power of two. It changes no more than rounding, and is used on the CPU; the kernels have
             chunks of their own, chosen for the GPU.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
+            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
+            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two
+            equal indices or one of P and above do is undefined. Nothing may need gradients.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
@@ -415,17 +431,26 @@ def chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
     check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
     check_chunk_size(chunk_size)
+    if state_indices is not None:
+        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            o, ht = Chunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
+            if state_indices is None:
+                o, ht = Chunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
+            else:
+                o, ht, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
     else:
-        o, ht = naive_chunk_simple_gla(
-            q, k, v, g, h0, output_final_state, chunk_size or 64, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
+        naive = functools.partial(
+            naive_chunk_simple_gla, q, k, v, g, chunk_size=chunk_size or 64, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
         )
-    return o, transposed(ht, state_v_first)
+        if state_indices is None:
+            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
+        else:
+            o, ht = in_pool(naive, h0, state_indices, cu_seqlens)
+    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

@@ -32,12 +32,13 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
 from ._launch import empty, launcher, once_differentiable, plan_for, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
+from ._pool import in_pool
 from ._triton import jit, runs_kernels, tl, triton
-from ._validation import under_autocast
+from ._validation import check_no_gradients, under_autocast
 from .naive import naive_chunk_simple_gla
 
 
@@ -46,15 +47,16 @@ def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
-    state_in,  # [N or segment slots, H, K, V], any strides, or None
+    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segment slots, H, K, V], any strides, or None
     o,  # [B, T, H, V]
-    state_out,  # [N, H, K, V], any strides, or None
+    state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
     x_o,  # [NV, B, H, T]: rows x . o, over the V tile; back in time with what of o comes from pairs inside a chunk
     x_inter,  # [NV, B, H, T]: the same with what comes from the carried state, back in time only
     anchors,  # [blocks + N, H, K, V]: states before some chunks (`_gates.py`), left forward in time and read back in time
     s_ds,  # [NV, blocks + N, H]: <anchor, state behind the chunk>, over the V tile, back in time only
     cu_seqlens,  # [N + 1] or None
+    indices,  # [N]: the slots of the sequences' states; or None
     scale,
     N, T,
     segment,  # tokens
@@ -117,9 +119,10 @@ def sweep_kernel(
     i_f = first.to(tl.int64)
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
-    if cu_seqlens is not None:
-        # the tokens behind the last sequence
-        if i_n == N:
+    i_p = state_slot(indices, i_n, N)
+    if cu_seqlens is not None or indices is not None:
+        # the tokens behind the last sequence, and padding
+        if (i_n == N) | (i_p < 0):
             for i_t in range(NT):
                 store_rows(r_o, H * V, L, i_t * BT, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
@@ -137,7 +140,7 @@ def sweep_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
-        p_s = state_in + i_s.to(tl.int64) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        p_s = state_in + (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -209,7 +212,7 @@ def sweep_kernel(
     if state_out is not None:
         # the last segment's
         if (first == bos if REVERSE else end == eos):
-            p_out = state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+            p_out = state_out + i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
             tl.store(p_out, b_s, mask=m_s)
 
 
@@ -276,14 +279,15 @@ def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seq
 
 @launcher
 def launch_sweep(
-    q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, scale, slots, segment, BA, reverse, tma, precision,
+    q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices,
+    scale, slots, segment, BA, reverse, tma, precision,
 ):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     args = (
-        q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens,
+        q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices,
         scale, count_sequences(B, cu_seqlens), T, segment or 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
@@ -299,7 +303,8 @@ def launch_sweep(
 
 
 def sweep(
-    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
+    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, indices=None, x=None, anchors=None, BA=1,
+    reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
     also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of the carried state and of pairs inside a chunk, and
@@ -323,7 +328,7 @@ def sweep(
     slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
     if slots:
         tma = use_descriptors(q, k, v, o, x)
-        tensors = q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens
+        tensors = q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices
         launch_sweep(tensors, scale, slots, segment, BA, reverse, tma, precision)
     return (o, x_inter, x_o, s_ds) if reverse else (o, x_o, None, None)
 
@@ -357,19 +362,23 @@ def hopper_for(*tensors: torch.Tensor):
     return _hopper_wide
 
 
-def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None):
-    """`o`, and the final state or None, from the states that the sequences or their segments start with.
+def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None, pool=None, indices=None):
+    """`o`, and the final state or None, from the states that the sequences or their segments start with. With indices the final states go
+    to these slots of the pool, which is returned.
 
     c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
     """
     final_state = None
-    if output_final_state:
+    if indices is not None:
+        final_state = pool
+    elif output_final_state:
         N = count_sequences(q.shape[0], cu_seqlens)
         final_state = empty(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    options = dict(segment=segment, state_in=state, state_out=final_state, indices=indices)
     if hopper:
-        o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, segment=segment, state_in=state, state_out=final_state)
+        o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, **options)
     else:
-        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, segment=segment, state_in=state, state_out=final_state)
+        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, **options)
     return o, final_state
 
 
@@ -422,9 +431,13 @@ def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs
 
 
 @recorded
-def forward_pass(q, k, v, g, initial_state, cu_seqlens, hopper, scale, output_final_state, precision):
+def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, hopper, scale, output_final_state, precision):
     c = None if hopper else sweep_gates(q, v, g, cu_seqlens)
-    return *outputs(q, k, v, g, c, initial_state, cu_seqlens, hopper, scale, output_final_state, precision), c
+    pool = initial_state
+    results = outputs(
+        q, k, v, g, c, initial_state, cu_seqlens, hopper, scale, output_final_state, precision, pool=pool, indices=indices,
+    )
+    return *results, c
 
 
 @recorded
@@ -432,14 +445,19 @@ def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scal
     return gradients(q, k, v, g, c, do, initial_state, initial_state, dht, cu_seqlens, needs, scale, precision)
 
 
+def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
+    """What `forward_pass` returns, and how fp32 products were computed; q, k and v have rows in place."""
+    precision = fp32_precision(q.dtype)
+    hopper = plan.once(hopper_for, q, k, v)
+    tensors = q, k, v, g, initial_state, cu_seqlens, indices
+    return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan), precision
+
+
 class FusedChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
-        precision = fp32_precision(q.dtype)
-        hopper = plan.once(hopper_for, q, k, v)
-        tensors = q, k, v, g, initial_state, cu_seqlens
-        o, final_state, c = forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan)
+        o, final_state, c, precision = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
         ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
         ctx.scale, ctx.precision = plan.scale, precision
         ctx.set_materialize_grads(False)
@@ -477,6 +495,8 @@ def fused_chunk_simple_gla(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     state_v_first: bool = False,
+    *,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""Simple Gated Linear Attention in one sweep over each sequence, chunk by chunk: for training, and for reading prompts.
 
@@ -501,9 +521,13 @@ def fused_chunk_simple_gla(
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
             It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
         state_v_first: states are `[N, H, V, K]`.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
+            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
+            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two
+            equal indices or one of P and above do is undefined. Nothing may need gradients.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None.
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
@@ -527,15 +551,22 @@ def fused_chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first)
+    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
+    if state_indices is not None:
+        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
     h0 = transposed(initial_state, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:
             g = g_gamma.expand(v.shape[:3])
         with torch.cuda.device_of(q):
-            o, ht = FusedChunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
+            if state_indices is None:
+                o, ht = FusedChunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
+            else:
+                o, ht, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
     else:
-        o, ht = naive_chunk_simple_gla(
-            q, k, v, g, h0, output_final_state, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
-        )
-    return o, transposed(ht, state_v_first)
+        naive = functools.partial(naive_chunk_simple_gla, q, k, v, g, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
+        if state_indices is None:
+            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
+        else:
+            o, ht = in_pool(naive, h0, state_indices, cu_seqlens)
+    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

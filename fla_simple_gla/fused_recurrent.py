@@ -331,8 +331,8 @@ def fused_recurrent_simple_gla(
             It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
         state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
             or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
-            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two equal indices or one
-            of P and above do is undefined. Nothing may need gradients.
+            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two
+            equal indices or one of P and above do is undefined. Nothing may need gradients.
         intermediate_states_buffer: gets the state behind every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with state_v_first), in fp32,
             bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is. For speculative decoding: of the T
             draft tokens of sequence n, the state behind the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.

@@ -1,0 +1,105 @@
+"""States in a pool: read and replaced in place at the slots that are named, and nowhere else."""
+
+import pytest
+import torch
+from harness import DEVICE, GPU, MODES, TOLERANCE, Case, make_inputs, poisoned_memory, rms_error
+
+from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
+
+HALF = torch.bfloat16 if GPU else torch.float16
+D = 64 if GPU else 16
+SLOTS = 9
+
+CASES = [
+    Case(1, B=4, K=D, V=D), Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True), Case(3, B=4, K=D, V=D, state_dtype=HALF),
+    Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'), Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
+    Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D), Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
+    *([Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))] if GPU else []),
+    *([Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=256, V=200, dtype=HALF)] if GPU else []),
+]  # fmt: skip
+
+
+def outside(case, padding):
+    """Rows of o that are zero."""
+    if case.cu_seqlens is None:
+        return torch.arange(case.B)[padding.cpu()], slice(None)
+    bounds = case.cu_seqlens
+    tokens = [t for n in range(4) if padding[n] for t in range(bounds[n], bounds[n + 1])]
+    return slice(None), [*tokens, *range(bounds[-1], case.T)]
+
+
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'parallel'] + ['cpu'])
+@pytest.mark.parametrize('indices', [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)])
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_states_in_a_pool(mode, indices, case, monkeypatch):
+    if mode == 'cpu':
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    device = 'cpu' if mode == 'cpu' else DEVICE
+    inputs = make_inputs(case, device)
+    q, k, v, g, gamma = (inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma'))
+    shape = (SLOTS, case.H, case.V, case.K) if case.state_v_first else (SLOTS, case.H, case.K, case.V)
+    pool = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype)
+    before = pool.clone()
+    slots = torch.tensor(indices, device=device, dtype=torch.int32 if case.T % 2 else torch.int64)
+    named = slots >= 0
+    cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
+    h0 = before[slots.clamp_min(0).long()].double()
+    states = torch.empty(*q.shape[:2], case.H, case.K, case.V, dtype=torch.float64, device=device)
+    expected, ht = naive_recurrent_simple_gla(
+        *(None if x is None else x.double() for x in (q, k, v, g)), initial_state=h0.mT if case.state_v_first else h0,
+        g_gamma=None if gamma is None else gamma.double(), cu_seqlens=cu_seqlens, intermediate_states_buffer=states,
+    )
+    rows = outside(case, ~named)
+    expected[rows] = 0
+    ht = ht.mT if case.state_v_first else ht
+
+    options = {}
+    if mode in ('fused_recurrent', 'cpu'):
+        states = states.mT if case.state_v_first else states
+        options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, device=device)
+    function = fused_recurrent_simple_gla if mode == 'cpu' else MODES[mode]
+    with torch.no_grad(), poisoned_memory():
+        o, final_state = function(
+            q, k, v, g, g_gamma=gamma, initial_state=pool, state_v_first=case.state_v_first, cu_seqlens=cu_seqlens, state_indices=slots,
+            **options,
+        )
+    assert final_state is pool
+    tolerance = TOLERANCE[case.dtype][0]
+    assert (o[rows] == 0).all()
+    assert rms_error(o, expected) <= tolerance
+    of_state = max(tolerance, torch.finfo(case.state_dtype).eps)
+    assert rms_error(pool[slots[named].long()], ht[named]) <= of_state
+    untouched = [i for i in range(SLOTS) if i not in indices]
+    assert torch.equal(pool[untouched], before[untouched])
+    if options:
+        buffer = options['intermediate_states_buffer']
+        assert (buffer[rows] == 7).all()
+        buffer[rows], states[rows] = 0, 0
+        assert rms_error(buffer, states) <= 1e-5
+
+
+@pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'fused_recurrent'])
+def test_bad_pools(mode):
+    inputs = make_inputs(Case(3, B=4))
+    q, k, v, g = (inputs[name] for name in ('q', 'k', 'v', 'g'))
+    pool, slots = torch.zeros(SLOTS, 2, 16, 16, device=DEVICE), torch.zeros(4, dtype=torch.int32, device=DEVICE)
+
+    def call(q=q, **options):
+        MODES[mode](q, k, v, g, **options)
+
+    with pytest.raises(ValueError, match='without initial_state'):
+        call(state_indices=slots)
+    with pytest.raises(TypeError, match='state_indices must be a torch.Tensor, got list'):
+        call(initial_state=pool, state_indices=[0])
+    with pytest.raises(TypeError, match='state_indices must be int32 or int64'):
+        call(initial_state=pool, state_indices=slots.float())
+    with pytest.raises(ValueError, match=r'state_indices must have shape \[N\] = \[4\], got \[3\]'):
+        call(initial_state=pool, state_indices=slots[:3])
+    with pytest.raises(ValueError, match='state_indices must be contiguous'):
+        call(initial_state=pool, state_indices=slots.repeat(2)[::2])
+    with pytest.raises(ValueError, match=r'\[P, H, K, V\] = \[9, 2, 16, 16\], got \[9, 2, 16, 8\]'):
+        call(initial_state=pool[..., :8], state_indices=slots)
+    with pytest.raises(ValueError, match='overlap'):
+        call(initial_state=pool[:1].expand(9, -1, -1, -1), state_indices=slots)
+    with pytest.raises(ValueError, match='q must not need gradients'):
+        call(q.clone().requires_grad_(), initial_state=pool, state_indices=slots)
