@@ -332,6 +332,8 @@ def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, ind
     """What `forward_pass` returns, how fp32 products were computed, and the tokens to a segment; q, k and v have rows in place."""
     precision = fp32_precision(q.dtype)
     hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
+    if indices is not None:
+        hopper = None  # the sweeps for Hopper know no pools
     tensors = q, k, v, g, initial_state, cu_seqlens, indices
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
 

@@ -175,7 +175,8 @@ def test_signatures():
         'parallel': common | {'scale': None, 'output_attentions': False} | packed,
     }  # fmt: skip
     ours = {
-        'chunk': {'chunk_size'}, 'fused_chunk': {'state_v_first'}, 'fused_recurrent': {'transpose_state_layout'}, 'parallel': {'g_gamma'},
+        'chunk': {'chunk_size', 'state_indices'}, 'fused_chunk': {'state_v_first', 'state_indices'},
+        'fused_recurrent': {'state_indices', 'intermediate_states_buffer', 'transpose_state_layout'}, 'parallel': {'g_gamma'},
     }  # fmt: skip
     for mode, theirs in expected.items():
         parameters = inspect.signature(getattr(fla_simple_gla, f'{mode}_simple_gla')).parameters
