@@ -61,22 +61,23 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
-    dims, meaning = ([V, K], 'H, V, K]') if state_v_first else ([K, V], 'H, K, V]')
+    dims, names = ([V, K], 'H, V, K') if state_v_first else ([K, V], 'H, K, V')
     if state_indices is not None:
         _check_state_indices(state_indices, q, N)
         if initial_state is None:
             raise ValueError('state_indices is given without initial_state, the pool in which it names slots')
     if intermediate_states_buffer is not None:
         _check_written('intermediate_states_buffer', intermediate_states_buffer, q)
-        if _shape(intermediate_states_buffer) != [B, T, H, *dims]:
-            what = f'[B, T, {meaning} = {[B, T, H, *dims]}'
-            raise ValueError(f'intermediate_states_buffer must have shape {what}, got {_shape(intermediate_states_buffer)}')
+        shape = [B, T, H, *dims]
+        if _shape(intermediate_states_buffer) != shape:
+            got = _shape(intermediate_states_buffer)
+            raise ValueError(f'intermediate_states_buffer must have shape [B, T, {names}] = {shape}, got {got}')
     if initial_state is not None:
         _check_tensor('initial_state', initial_state)
-        shape, meaning = [N, H, *dims], '[N, ' + meaning
+        shape, meaning = [N, H, *dims], f'[N, {names}]'
         if state_indices is not None:
             _check_written('initial_state', initial_state, q)
-            shape, meaning = [*initial_state.shape[:1], H, *dims], 'with state_indices [P, ' + meaning[4:]
+            shape, meaning = [*initial_state.shape[:1], H, *dims], f'with state_indices [P, {names}]'
         if _shape(initial_state) != shape:
             raise ValueError(f'initial_state must have shape {meaning} = {shape}, got {_shape(initial_state)}')
         _check_device('initial_state', initial_state, q)
@@ -89,6 +90,7 @@ def check_inputs(
 
 
 def check_no_gradients(**inputs: torch.Tensor | None) -> None:
+    """What is written in place keeps no history: raise a `ValueError` if a gradient would be asked for."""
     if torch.is_grad_enabled():
         for name, x in inputs.items():
             if x is not None and x.requires_grad:

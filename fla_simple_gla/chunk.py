@@ -321,9 +321,9 @@ def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, need
     return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
 
 
-def choices(q, k, v, cu_seqlens):
+def choices(q, k, v, cu_seqlens, indices):
     """The module of the sweeps for Hopper, if it takes these, and the tokens to a segment."""
-    hopper = hopper_for(q, k, v)
+    hopper = hopper_for(q, k, v) if indices is None else None  # they know nothing of pools
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return hopper, segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
 
@@ -331,9 +331,7 @@ def choices(q, k, v, cu_seqlens):
 def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
     """What `forward_pass` returns, how fp32 products were computed, and the tokens to a segment; q, k and v have rows in place."""
     precision = fp32_precision(q.dtype)
-    hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
-    if indices is not None:
-        hopper = None  # the sweeps for Hopper know no pools
+    hopper, segment = plan.once(choices, q, k, v, cu_seqlens, indices)
     tensors = q, k, v, g, initial_state, cu_seqlens, indices
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
 

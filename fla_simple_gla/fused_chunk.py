@@ -448,7 +448,7 @@ def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scal
 def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
     """What `forward_pass` returns, and how fp32 products were computed; q, k and v have rows in place."""
     precision = fp32_precision(q.dtype)
-    # the sweeps for Hopper know no pools
+    # the sweeps for Hopper know nothing of pools
     hopper = plan.once(hopper_for, q, k, v) if indices is None else None
     tensors = q, k, v, g, initial_state, cu_seqlens, indices
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan), precision

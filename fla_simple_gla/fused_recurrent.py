@@ -371,7 +371,9 @@ def fused_recurrent_simple_gla(
     )
     in_place = state_indices is not None or intermediate_states_buffer is not None
     if in_place:
-        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
+        check_no_gradients(
+            q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state, intermediate_states_buffer=intermediate_states_buffer,
+        )
     h0, states = transposed(initial_state, state_v_first), transposed(intermediate_states_buffer, state_v_first)
     if runs_kernels(q):
         if g_gamma is not None:

@@ -55,7 +55,8 @@ def naive_recurrent_simple_gla(
         for t in reversed(steps) if reverse else steps:
             S = S * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
             o[t] = torch.einsum('bhk,bhkv->bhv', q[:, :, t], S)
-            after[t] = S
+            if intermediate_states_buffer is not None:
+                after[t] = S
         states.extend(after)
         return torch.stack(o, 2), S
 

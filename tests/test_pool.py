@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, TOLERANCE, Case, make_inputs, poisoned_memory, rms_error
+from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, poisoned_memory, rms_error
 
 from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
 
@@ -14,6 +14,7 @@ CASES = [
     Case(1, B=4, K=D, V=D), Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True), Case(3, B=4, K=D, V=D, state_dtype=HALF),
     Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'), Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
     Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D), Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
+    Case(6, B=4, K=D, V=D, H=4, HK=2, reverse=True), Case(30, cu_seqlens=(0, 5, 5, 19, 27), K=D, V=24, reverse=True, state_dtype=HALF),
     *([Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))] if GPU else []),
     *([Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=256, V=200, dtype=HALF)] if GPU else []),
 ]  # fmt: skip
@@ -28,10 +29,16 @@ def outside(case, padding):
     return slice(None), [*tokens, *range(bounds[-1], case.T)]
 
 
-@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'parallel'] + ['cpu'])
+@pytest.mark.parametrize(
+    'mode, case',
+    [
+        pytest.param(mode, case, id=f'{mode}-{case}')
+        for mode in [*STATEFUL, 'cpu'] for case in CASES if mode in ('fused_recurrent', 'cpu') or not case.reverse
+    ],
+)
 @pytest.mark.parametrize('indices', [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)])
-@pytest.mark.parametrize('case', CASES, ids=str)
 def test_states_in_a_pool(mode, indices, case, monkeypatch):
+    """Against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN."""
     if mode == 'cpu':
         monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
     device = 'cpu' if mode == 'cpu' else DEVICE
@@ -39,24 +46,32 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     q, k, v, g, gamma = (inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma'))
     shape = (SLOTS, case.H, case.V, case.K) if case.state_v_first else (SLOTS, case.H, case.K, case.V)
     pool = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype)
+    untouched = [i for i in range(SLOTS) if i not in indices]
+    pool[untouched] = float('nan')
     before = pool.clone()
     slots = torch.tensor(indices, device=device, dtype=torch.int32 if case.T % 2 else torch.int64)
     named = slots >= 0
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
-    h0 = before[slots.clamp_min(0).long()].double()
+    h0 = before[slots.clamp_min(0).long()].double().nan_to_num()
     states = torch.empty(*q.shape[:2], case.H, case.K, case.V, dtype=torch.float64, device=device)
     expected, ht = naive_recurrent_simple_gla(
         *(None if x is None else x.double() for x in (q, k, v, g)), initial_state=h0.mT if case.state_v_first else h0,
         g_gamma=None if gamma is None else gamma.double(), cu_seqlens=cu_seqlens, intermediate_states_buffer=states,
+        reverse=case.reverse,
     )
     rows = outside(case, ~named)
     expected[rows] = 0
+    for x in (q, k, v, g):
+        if x is not None:
+            x[rows] = float('nan')
     ht = ht.mT if case.state_v_first else ht
 
     options = {}
     if mode in ('fused_recurrent', 'cpu'):
         states = states.mT if case.state_v_first else states
-        options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, device=device)
+        options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, dtype=case.state_dtype, device=device)
+        if case.reverse:
+            options['reverse'] = True
     function = fused_recurrent_simple_gla if mode == 'cpu' else MODES[mode]
     with torch.no_grad(), poisoned_memory():
         o, final_state = function(
@@ -67,15 +82,28 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     tolerance = TOLERANCE[case.dtype][0]
     assert (o[rows] == 0).all()
     assert rms_error(o, expected) <= tolerance
-    of_state = max(tolerance, torch.finfo(case.state_dtype).eps)
+    of_state = max(tolerance, torch.finfo(case.state_dtype).eps / 2)
     assert rms_error(pool[slots[named].long()], ht[named]) <= of_state
-    untouched = [i for i in range(SLOTS) if i not in indices]
-    assert torch.equal(pool[untouched], before[untouched])
+    assert torch.equal(pool[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
     if options:
         buffer = options['intermediate_states_buffer']
         assert (buffer[rows] == 7).all()
         buffer[rows], states[rows] = 0, 0
-        assert rms_error(buffer, states) <= 1e-5
+        assert rms_error(buffer, states) <= max(1e-5, torch.finfo(case.state_dtype).eps / 2)
+
+
+def test_states_behind_every_token_without_a_pool():
+    """And in a buffer with other strides."""
+    case = Case(7, B=2, K=D, V=24)
+    inputs = make_inputs(case)
+    q, k, v, g = (inputs[name] for name in ('q', 'k', 'v', 'g'))
+    expected = torch.empty(2, 7, 2, D, 24, dtype=torch.float64, device=DEVICE)
+    naive_recurrent_simple_gla(*(x.double() for x in (q, k, v, g)), intermediate_states_buffer=expected)
+    buffer = torch.full((7, 2, 2, 24, D + 8), float('nan'), device=DEVICE)
+    view = buffer[..., :D].permute(1, 0, 2, 4, 3)
+    _, ht = fused_recurrent_simple_gla(q, k, v, g, output_final_state=True, intermediate_states_buffer=view)
+    assert rms_error(view, expected) <= 1e-5
+    assert torch.equal(view[:, -1], ht) and buffer[..., D:].isnan().all()
 
 
 @pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'fused_recurrent'])
@@ -103,3 +131,17 @@ def test_bad_pools(mode):
         call(initial_state=pool[:1].expand(9, -1, -1, -1), state_indices=slots)
     with pytest.raises(ValueError, match='q must not need gradients'):
         call(q.clone().requires_grad_(), initial_state=pool, state_indices=slots)
+
+
+def test_bad_buffers():
+    inputs = make_inputs(Case(3, B=4))
+    q, k, v, g = (inputs[name] for name in ('q', 'k', 'v', 'g'))
+    buffer = torch.zeros(4, 3, 2, 16, 16, device=DEVICE)
+    for bad, error, message in (
+        (buffer[:, :2], ValueError, r'\[B, T, H, K, V\] = \[4, 3, 2, 16, 16\], got \[4, 2, 2, 16, 16\]'),
+        (buffer.double() if GPU else buffer.int(), TypeError, 'intermediate_states_buffer'),
+        (buffer[:1].expand(4, -1, -1, -1, -1), ValueError, 'overlap'),
+        (buffer.clone().requires_grad_(), ValueError, 'intermediate_states_buffer must not need gradients'),
+    ):
+        with pytest.raises(error, match=message):
+            fused_recurrent_simple_gla(q, k, v, g, intermediate_states_buffer=bad)
