@@ -15,9 +15,12 @@ CASES = [
     Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'), Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
     Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D), Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
     Case(6, B=4, K=D, V=D, H=4, HK=2, reverse=True), Case(30, cu_seqlens=(0, 5, 5, 19, 27), K=D, V=24, reverse=True, state_dtype=HALF),
-    *([Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))] if GPU else []),
-    *([Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=256, V=200, dtype=HALF)] if GPU else []),
 ]  # fmt: skip
+# dims and lengths of other kernels and configurations
+LARGE_CASES = [
+    *(Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))),
+    Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=256, V=200, dtype=HALF),
+]
 
 
 def outside(case, padding):
@@ -33,7 +36,8 @@ def outside(case, padding):
     'mode, case',
     [
         pytest.param(mode, case, id=f'{mode}-{case}')
-        for mode in [*STATEFUL, 'cpu'] for case in CASES if mode in ('fused_recurrent', 'cpu') or not case.reverse
+        for mode in [*STATEFUL, 'cpu'] for case in CASES + (LARGE_CASES if GPU and mode != 'cpu' else [])
+        if mode in ('fused_recurrent', 'cpu') or not case.reverse
     ],
 )
 @pytest.mark.parametrize('indices', [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)])
