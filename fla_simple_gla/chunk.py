@@ -171,8 +171,10 @@ def combine_kernel(
 
     if state_in is not None:
         i_p = state_slot(indices, i_n, N)
+        if i_p < 0:  # padding, of which no state is read
+            return
         p_in = state_in + i_p * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
-        b_s = tl.load(p_in, mask=m_s & (i_p >= 0), other=0.0).to(tl.float32)
+        b_s = tl.load(p_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BS], tl.float32)
     # stages: the loads do not wait for the sum
@@ -321,9 +323,9 @@ def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, need
     return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
 
 
-def choices(q, k, v, cu_seqlens, indices):
+def choices(q, k, v, cu_seqlens):
     """The module of the sweeps for Hopper, if it takes these, and the tokens to a segment."""
-    hopper = hopper_for(q, k, v) if indices is None else None  # they know nothing of pools
+    hopper = hopper_for(q, k, v)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return hopper, segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
 
@@ -331,7 +333,7 @@ def choices(q, k, v, cu_seqlens, indices):
 def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
     """What `forward_pass` returns, how fp32 products were computed, and the tokens to a segment; q, k and v have rows in place."""
     precision = fp32_precision(q.dtype)
-    hopper, segment = plan.once(choices, q, k, v, cu_seqlens, indices)
+    hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
     tensors = q, k, v, g, initial_state, cu_seqlens, indices
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
 
