@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ._blocks import count_sequences, count_slots
+from ._blocks import count_sequences, count_slots, state_slot
 from ._hopper import (
     BS,
     CHUNK,
@@ -79,7 +79,7 @@ def load(
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
-    cu_seqlens, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, segment = work
     anchors, s_ds, blocks = anchor
     desc_q, desc_k, desc_v, desc_x = descs
     qs, ks, vs, xs = tiles
@@ -89,7 +89,7 @@ def load(
     i = 0
     phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
         for n in range(NT):
             i_t = chunk_start(n, NT, REVERSE)
@@ -116,7 +116,7 @@ def load(
 @gluon.jit
 def products(work, scale, tiles, sums, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
     """P of each chunk, in two halves of its columns."""
-    cu_seqlens, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, segment = work
     qs, ks, ps = tiles
     q_full, k_full, p_full, g_full = bars
     HALF: gl.constexpr = C // 2
@@ -126,7 +126,7 @@ def products(work, scale, tiles, sums, bars, H: gl.constexpr, SEGMENTS: gl.const
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
         for _ in range(0, end - first, C):
             mbarrier.wait(q_full.index(i), phase)
             mbarrier.wait(k_full.index(i), phase)
@@ -210,7 +210,7 @@ def state(
     W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
-    cu_seqlens, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, segment = work
     state_in, state_out, si, so = states
     anchors, s_ds, blocks = anchor
     qs, ks, vs, ps, os = tiles
@@ -230,15 +230,16 @@ def state(
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, unit, N, T, segment, H, SEGMENTS)
+        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
         s0 = gl.zeros([BS, PIECE], gl.float32, layout)
         s1 = gl.zeros([BS, PIECE], gl.float32, layout)
         s2 = gl.zeros([BS, PIECE], gl.float32, layout)
         s3 = gl.zeros([BS, PIECE], gl.float32, layout)
         if state_in is not None:
-            p_in = state_in + i_s.to(gl.int64) * si[0] + i_h.to(gl.int64) * si[1]
-            # there is none of what lies behind the last sequence
-            columns = gl.where(i_n < N, V, 0)
+            place = i_s.to(gl.int64) if SEGMENTS else state_slot(indices, i_s, N)
+            p_in = state_in + place * si[0] + i_h.to(gl.int64) * si[1]
+            # there is none of padding, nor of what lies behind the last sequence
+            columns = gl.where((i_n < N) & (place >= 0), V, 0)
             s0 = load_piece(p_in, si, o_v, o_k, K, columns)
             s1 = load_piece(p_in, si, o_v, o_k + PIECE, K, columns)
             s2 = load_piece(p_in, si, o_v, o_k + 2 * PIECE, K, columns)
@@ -331,12 +332,13 @@ def state(
                 # not before the sums are written: see `row_sums`
                 mbarrier.arrive(x_empty.index(0), count=1)
             i, phase = advance(i, phase, STAGES)
-        clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, i_v, SEGMENTS)
+        clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, eos, i_v, SEGMENTS)
         if state_out is not None:
             # of the last segment that has tokens, or of a sequence that has none
             last = (first == bos) if REVERSE else ((end == eos) & ((first < end) | (first == bos)))
-            if (i_n < N) & last:
-                p_out = state_out + i_n.to(gl.int64) * so[0] + i_h.to(gl.int64) * so[1]
+            place = state_slot(indices, i_n, N)
+            if (i_n < N) & (place >= 0) & last:
+                p_out = state_out + place * so[0] + i_h.to(gl.int64) * so[1]
                 store_piece(p_out, so, o_v, o_k, s0, K, V)
                 store_piece(p_out, so, o_v, o_k + PIECE, s1, K, V)
                 store_piece(p_out, so, o_v, o_k + 2 * PIECE, s2, K, V)
@@ -347,7 +349,7 @@ def state(
 @gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'part', 'blocks', 'scale'])
 def wide_sweep_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_x,
-    g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens,
+    g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices,
     scale, units, N, T, segment, part, blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
@@ -401,7 +403,7 @@ def wide_sweep_kernel(
         s_empty = v_full
     fence_async_shared()
 
-    work = (cu_seqlens, units, N, T, segment)
+    work = (cu_seqlens, indices, units, N, T, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
     anchor = (anchors, s_ds, blocks)
     gate_bufs = (sums, from_start, to_end, decays)
@@ -438,7 +440,7 @@ REGISTERS = dict(STATE_REGISTERS=216, PRODUCT_REGISTERS=56, OTHER_REGISTERS=24)
 
 
 @launcher
-def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, scale, segment, BA, reverse):
+def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices, scale, segment, BA, reverse):
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
@@ -447,7 +449,7 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, c
     args = (
         *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
         None if x is None else descriptor(x, BV.value, cu_seqlens),
-        g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens,
+        g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
         *((0, 0, 0) if g is None else g.stride()),
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
@@ -469,7 +471,8 @@ def anchor_size(K: int, V: int) -> int:
 
 
 def sweep(
-    q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, x=None, anchors=None, BA=1, reverse=False,
+    q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, indices=None, x=None, anchors=None, BA=1,
+    reverse=False,
 ):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs
     (`_gates.py`), else None three times: forward in time the rows `x . o [halves, B, H, T]`; back in time these in two parts, of the
@@ -488,5 +491,6 @@ def sweep(
         if reverse:
             y = empty(x_o, *x_o.shape)
             s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
-    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens), scale, segment, BA, reverse)
+    tensors = q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices
+    launch_sweep(tensors, scale, segment, BA, reverse)
     return o, x_o, y, s_ds

@@ -374,11 +374,11 @@ def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state,
     elif output_final_state:
         N = count_sequences(q.shape[0], cu_seqlens)
         final_state = empty(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    options = dict(segment=segment, state_in=state, state_out=final_state)
+    options = dict(segment=segment, state_in=state, state_out=final_state, indices=indices)
     if hopper:
         o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, **options)
     else:
-        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, indices=indices, **options)
+        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, **options)
     return o, final_state
 
 
@@ -448,8 +448,7 @@ def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scal
 def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
     """What `forward_pass` returns, and how fp32 products were computed; q, k and v have rows in place."""
     precision = fp32_precision(q.dtype)
-    # the sweeps for Hopper know nothing of pools
-    hopper = plan.once(hopper_for, q, k, v) if indices is None else None
+    hopper = plan.once(hopper_for, q, k, v)
     tensors = q, k, v, g, initial_state, cu_seqlens, indices
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan), precision
 
