@@ -59,14 +59,15 @@ class Mixer(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, decoding: bool
+        self, x: torch.Tensor, state: torch.Tensor | None, decoding: bool, slots: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = self.norm(x)
         q, k, v, out_gate = self.project(x).unflatten(-1, (4, self.heads, -1)).unbind(2)
         # The bias is added in fp32: it may be large, and 1 - exp(g) is what a long memory depends on.
         g = F.logsigmoid(self.forget(x).float() + self.forget_bias)
         mode = recurrent_mode if decoding else parallel_mode
-        o, state = mode(F.silu(q), F.silu(k), v, g, initial_state=state, output_final_state=state is not None)
+        wanted = state is not None
+        o, state = mode(F.silu(q), F.silu(k), v, g, initial_state=state, output_final_state=wanted, state_indices=slots)
         # o is a sum over as many tokens as the head remembers: the norm takes that size out.
         o = self.head_norm(o.float()) * F.silu(out_gate)
         return self.out(o.flatten(2)), state
@@ -107,16 +108,22 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(
-        self, tokens: torch.Tensor, memory: Memory | None = None, decoding: bool = False
+        self,
+        tokens: torch.Tensor,
+        memory: Memory | None = None,
+        decoding: bool = False,
+        slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Memory | None]:
         """Logits `[B, T, 256]` of the bytes after tokens `[B, T]`, and the memory after them if one was given.
 
         `decoding` takes the tokens one after the other, as the recurrent mode does; it changes nothing but rounding.
+        With `slots` `[B]` the memory is that of many texts, and is changed in place: row b goes on with the one in slot
+        `slots[b]`, or is none where that is -1 (`generate.py`).
         """
         x = self.embed(tokens)
         states = []
         for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps, strict=True)):
-            mixed, state = mixer(x, None if memory is None else memory[i], decoding)
+            mixed, state = mixer(x, None if memory is None else memory[i], decoding, slots)
             states.append(state)
             x = x + mixed
             x = x + mlp(x)
@@ -317,6 +324,7 @@ def parse_arguments(device: str) -> argparse.Namespace:
         metavar='FILE',
         help=f'what to learn, any bytes, the first {MOST_TEXT:,} of them (default: the Python standard library)',
     )
+    parser.add_argument('--save', type=Path, metavar='FILE', help='where to leave the model, for generate.py')
     option('width', number(int, 1), 'width of the residual stream')
     option('layers', number(int, 1), 'pairs of a mixing layer and an MLP')
     option('heads', number(int, 1), 'heads of a mixing layer; they divide the width, and are at most 512 wide')
@@ -362,6 +370,9 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f'{size:,} parameters on {device.type}; a step reads {args.batch} x {args.length} bytes\n')
     train(model, text, held_out, args)
+    if args.save is not None:
+        dims = {name: getattr(args, name) for name in ('width', 'layers', 'heads')}
+        torch.save({'dims': dims, 'weights': model.state_dict()}, args.save)
 
     difference, largest = compare_modes(model, held_out[None, : args.length].long())
     print(f'\nlargest difference between the logits of training and of decoding: {difference:.1e}', end='')

@@ -1,4 +1,4 @@
-"""The example trains, generates, and refuses a text that it cannot use."""
+"""The examples train, generate and serve, and refuse a file that they cannot use."""
 
 import os
 import pathlib
@@ -11,22 +11,29 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(*options):
-    command = [sys.executable, str(ROOT / 'examples' / 'train_lm.py'), *map(str, options)]
+def run(*options, script='train_lm.py'):
+    command = [sys.executable, str(ROOT / 'examples' / script), *map(str, options)]
     # without a GPU, the CPU path and not the interpreter
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {'PYTHONPATH': str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_trains_and_generates(tmp_path):
-    text = tmp_path / 'text'
+    text, model = tmp_path / 'text', tmp_path / 'model'
     text.write_text('to be, or not to be: that is the question.\n' * 400)
     small = ('--width', 64, '--layers', 2, '--heads', 2, '--batch', 4, '--length', 96)
-    result = run('--text', text, '--steps', 30, *small, '--generate', 20)
+    result = run('--text', text, '--steps', 30, *small, '--generate', 20, '--save', model)
     assert result.returncode == 0, result.stderr
     losses = [float(row.split()[-2]) for row in re.findall(r'^ +\d+ .*$', result.stdout, re.M)]
     assert losses[-1] < 0.7 * losses[0], result.stdout
     assert 'largest difference between the logits of training and of decoding' in result.stdout
+
+    # more conversations than slots, and more of these than rows in a step; it compares with each on its own
+    counts = ('--conversations', 5, '--slots', 3, '--batch', 2, '--generate', 12)
+    result = run('--model', model, *counts, script='generate.py')
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'^5 conversations, 44 bytes in (2\d|3\d) steps of 2', result.stdout, re.M), result.stdout
+    assert 'each writes the same when it is alone' in result.stdout
 
 
 @pytest.mark.parametrize('content', [None, ''])
