@@ -1,0 +1,125 @@
+"""Calls that a CUDA graph replays, with other contents in the same tensors."""
+
+import pytest
+import torch
+from harness import DEVICE, GPU, MODES, Case, make_inputs, rms_error
+
+from fla_simple_gla import naive_recurrent_simple_gla
+
+pytestmark = pytest.mark.skipif(not GPU, reason='needs CUDA graphs')
+
+SLOTS = 12
+CASES = [
+    ('fused_recurrent', Case(1, B=4, K=64, V=64, dtype=torch.bfloat16)),
+    ('fused_recurrent', Case(4, B=4, H=4, HK=2, K=64, V=48, state_v_first=True, state_dtype=torch.bfloat16)),
+    ('fused_recurrent', Case(12, cu_seqlens=(0, 1, 2, 11, 12), K=64, V=64, dtype=torch.bfloat16)),
+    ('chunk', Case(300, cu_seqlens=(0, 100, 101, 101, 300), K=64, V=64, dtype=torch.bfloat16)),
+    ('segments', Case(300, B=4, K=128, V=128, dtype=torch.bfloat16, gate='gamma')),
+    ('fused_chunk', Case(100, B=4, K=64, V=64)),
+]
+INDICES = [(3, 0, 7, 1), (-1, 5, -1, 4), (11, 3, -1, 2)]
+
+
+def pooled(mode, case):
+    """The call, and its tensors by name; those of a pool of states among them."""
+    inputs = make_inputs(case)
+    tensors = {name: inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma') if inputs[name] is not None}
+    shape = (SLOTS, case.H, case.V, case.K) if case.state_v_first else (SLOTS, case.H, case.K, case.V)
+    tensors['initial_state'] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, case.state_dtype)
+    tensors['state_indices'] = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    if case.cu_seqlens is not None:
+        tensors['cu_seqlens'] = torch.tensor(case.cu_seqlens, device=DEVICE)
+
+    def call(**tensors):
+        with torch.no_grad():
+            return MODES[mode](**tensors, state_v_first=case.state_v_first)[0]
+
+    return call, tensors
+
+
+def captured(call, tensors):
+    """The graph of a call, and where it leaves o. The slots are to be all padding: nothing in the pool is touched here."""
+    call(**tensors)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(**tensors)
+    return graph, o
+
+
+@pytest.mark.parametrize('mode, case', [pytest.param(mode, case, id=f'{mode}-{case}') for mode, case in CASES])
+def test_slots_and_tokens_change_between_replays(mode, case):
+    """The same bits as eager calls, which go before and between."""
+    call, tensors = pooled(mode, case)
+    eager_pool = tensors['initial_state'].clone()
+    graph, o = captured(call, tensors)
+    for n, indices in enumerate(INDICES):
+        tensors['state_indices'].copy_(torch.tensor(indices))
+        for name in 'qkv':
+            tensors[name].mul_(1 + n / 4)
+        expected = call(**tensors | {'initial_state': eager_pool})
+        o.fill_(float('nan'))
+        graph.replay()
+        assert torch.equal(o, expected)
+        assert torch.equal(tensors['initial_state'], eager_pool)
+
+
+@pytest.mark.parametrize('mode, case', [pytest.param(mode, case, id=f'{mode}-{case}') for mode, case in CASES])
+def test_no_call_waits_for_the_gpu(mode, case):
+    call, tensors = pooled(mode, case)
+    call(**tensors)
+    before = torch.cuda.memory_stats()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        o = call(**tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    after = torch.cuda.memory_stats()
+    if mode == 'fused_recurrent':  # nothing but its output
+        assert after['allocation.all.allocated'] - before['allocation.all.allocated'] == 1
+        assert after['requested_bytes.all.allocated'] - before['requested_bytes.all.allocated'] == o.nbytes
+
+
+def test_a_hundred_thousand_steps():
+    """Memory constant to the byte, the states finite, and the last tokens those of naive in fp64 from the states before them."""
+    steps, last = 100_000, 64
+    case = Case(1, B=8, H=4, K=64, V=64, dtype=torch.bfloat16)
+    call, tensors = pooled('fused_recurrent', case)
+    names = 'q', 'k', 'v', 'g'
+    # tokens to come, one of which a step takes; their number is no divisor of anything here
+    banks = {name: make_inputs(Case(case.B * 97, H=4, K=64, V=64, dtype=torch.bfloat16, seed=1))[name] for name in names}
+    banks = {name: x.view(97, case.B, 1, *x.shape[2:]) for name, x in banks.items()}
+    tensors['state_indices'] = torch.tensor([3, 0, 7, -1, 1, 11, 9, 2], dtype=torch.int32, device=DEVICE)
+    step = torch.zeros(1, dtype=torch.long, device=DEVICE)
+
+    def go_on(**tensors):
+        for name in names:
+            torch.index_select(banks[name], 0, step % 97, out=tensors[name][None])
+        step.add_(1)
+        return call(**tensors)
+
+    graph, o = captured(go_on, tensors)
+    pool = tensors['initial_state']
+    graph.replay()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(steps - last):
+        graph.replay()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    for name in ('allocated_bytes.all.current', 'allocated_bytes.all.peak', 'reserved_bytes.all.current', 'allocation.all.allocated'):
+        assert before[name] == after[name], name
+    assert pool.isfinite().all()
+
+    named = tensors['state_indices'] >= 0
+    slots = tensors['state_indices'][named].long()
+    taken = (step + torch.arange(last, device=DEVICE)) % 97
+    states, outputs = pool[slots].double(), []
+    for _ in range(last):
+        graph.replay()
+        outputs.append(o.clone())
+    q, k, v, g = (banks[name][taken][:, named, 0].transpose(0, 1).double() for name in names)
+    expected, ht = naive_recurrent_simple_gla(q, k, v, g, initial_state=states, output_final_state=True)
+    o = torch.cat(outputs, 1)
+    assert rms_error(o[named], expected) <= 4e-3
+    assert (o[~named] == 0).all()
+    assert rms_error(pool[slots], ht) <= 1e-5
