@@ -1,7 +1,7 @@
 """Simple GLA token by token, as a chat runs: a constant amount of work and memory for each token, however many came before.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T
-    o_t = scale * S_t^T q_t = scale * (exp(g_t) S_{t-1}^T q_t + (q_t . k_t) v_t)
+    o_t = scale * S_t^T q_t
 
 A program owns one head of one sequence and a tile of V columns, with the whole of K: the state [K, BV] stays in fp32 registers,
 all arithmetic is in fp32, and o needs no sum over programs. The state is nearly all that a decode step moves: it is read from where
@@ -41,21 +41,35 @@ from .naive import naive_recurrent_simple_gla
 ANCHOR = 1024
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'scale'])
+@jit
+def load_token(q, k, v, g, t, q_t, k_t, v_t, g_t, o_k, o_v, there, K: tl.constexpr, V: tl.constexpr):
+    """q, k, v and the gate, in base 2, of token t, if it is there."""
+    t += tl.zeros([], tl.int64)
+    m_k = tl.where(there, o_k < K, False)
+    b_q = tl.load(q + t * q_t, mask=m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(k + t * k_t, mask=m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(v + t * v_t, mask=tl.where(there, o_v < V, False), other=0.0).to(tl.float32)
+    gate = 0.0
+    if g is not None:
+        gate = tl.load(g + t * g_t, mask=there, other=0.0).to(tl.float32) * LOG2E
+    return b_q, b_k, b_v, gate
+
+
+@jit(do_not_specialize=['N', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
 def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     g,  # [B, T, H], any strides, or None
-    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
+    state_in,  # [N, H, K, V], any strides; or with indices a pool [slots, H, K, V], which gets the last states too; or None
     o,  # [B, T, H, V]
-    state_out,  # likewise
+    state_out,  # [N, H, K, V], any strides, or None
     states,  # [B, T, H, K, V], any strides: the state behind every token; or None
     x,  # [B, T, H // GV, V], or None
     w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
     anchors,  # [slots, H, K, V]: states behind the last tokens of anchor blocks, likewise
     dg,  # [NV, B, H, T], the V tile's part, left by the adjoint
     cu_seqlens,  # [N + 1] or None
-    indices,  # [N]: the slots of state_in and state_out; or None
+    indices,  # [N]: the slots of the pool; or None
     scale,
     N, T,
     q_b, q_t, q_h,
@@ -63,9 +77,9 @@ def recurrent_kernel(
     v_b, v_t, v_h,
     g_b, g_t, g_h,
     x_b, x_t, x_h,
-    si_n, si_h, si_k, si_v,
-    so_n, so_h, so_k, so_v,
-    s_b, s_t, s_h, s_k, s_v,
+    si_n, si_h,
+    so_n, so_h,
+    s_b, s_t, s_h,
     part,  # B * H * T
     H: tl.constexpr,
     GQ: tl.constexpr,
@@ -75,6 +89,9 @@ def recurrent_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BA: tl.constexpr,
+    si_k: tl.constexpr, si_v: tl.constexpr,
+    so_k: tl.constexpr, so_v: tl.constexpr,
+    s_k: tl.constexpr, s_v: tl.constexpr,
     REVERSE: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
@@ -97,14 +114,22 @@ def recurrent_kernel(
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_k = o_k < K
     m_v = o_v < V
-    m_s = m_k[:, None] & m_v[None, :]
+    m_s = (o_k < K)[:, None] & m_v[None, :]
+
+    i_p = state_slot(indices, i_n, N)
+    q += i_b * q_b + bos * q_t + i_h // GQ * q_h + o_k
+    k += i_b * k_b + bos * k_t + i_h // GQ * k_h + o_k
+    v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
+    if g is not None:
+        g += i_b * g_b + bos * g_t + i_h * g_h
+    # always a token ahead: these loads wait neither for the slot nor for the sums of the token before
+    back: tl.constexpr = REVERSE != ADJOINT
+    ahead = load_token(q, k, v, g, L - 1 if back else 0, q_t, k_t, v_t, g_t, o_k, o_v, L > 0, K, V)
 
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
-    i_p = state_slot(indices, i_n, N)
     if cu_seqlens is not None or indices is not None:
         # the tokens behind the last sequence, and padding
         if (i_n == N) | (i_p < 0):
@@ -116,80 +141,75 @@ def recurrent_kernel(
                     o_w += 1
             return
 
-    q += i_b * q_b + bos * q_t + i_h // GQ * q_h + o_k
-    k += i_b * k_b + bos * k_t + i_h // GQ * k_h + o_k
-    v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
-    if g is not None:
-        g += i_b * g_b + bos * g_t + i_h * g_h
     if x is not None:
         x += i_b * x_b + bos * x_t + i_h // GV * x_h + o_v
         anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     if states is not None:
         states += i_b * s_b + bos * s_t + i_h * s_h + o_k[:, None] * s_k + o_v[None, :] * s_v
-
     if state_in is not None:
-        p_s = state_in + i_p * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
-        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+        state_in += i_p * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        b_s = tl.load(state_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
+    if indices is not None:
+        state_out = state_in
+    elif state_out is not None:
+        state_out += i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
 
     running = 0.0
-    # the token's number in the forward run, in which the adjoint goes back
-    i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
-    for _ in range(L):
-        i_t = L - 1 - i if REVERSE else i
-        b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0).to(tl.float32)
-        b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0).to(tl.float32)
-        b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0).to(tl.float32)
-        decay = 1.0
-        if g is not None:
-            gate = tl.load(g + i_t * g_t).to(tl.float32) * LOG2E
-            decay = tl.exp2(gate)
+    for n in range(L):
+        t = L - 1 - n if back else n
+        # the token's number in the forward run, in which the adjoint goes back
+        i = L - 1 - n if ADJOINT else n
+        b_q, b_k, b_v, gate = ahead
+        ahead = load_token(q, k, v, g, t - 1 if back else t + 1, q_t, k_t, v_t, g_t, o_k, o_v, n + 1 < L, K, V)
+        decay = 1.0 if g is None else tl.exp2(gate)
         if ADJOINT:
             b_k *= scale
         else:
             b_q *= scale
             b_s *= decay
 
-        if ADJOINT and x is not None:
-            if i == L - 1 or (i + 1) % BA == 0:
-                b_a = tl.load(anchors + i // BA * (H * K * V), mask=m_s, other=0.0)
-                running = tl.sum(b_a * b_s)
-
-        b_o = tl.sum(b_s * b_q[:, None], 0)
+        i_t = t.to(tl.int64)
         if x is not None:
+            if ADJOINT:
+                if i == L - 1 or (i + 1) % BA == 0:
+                    b_a = tl.load(anchors + (i // BA).to(tl.int64) * (H * K * V), mask=m_s, other=0.0)
+                    running = tl.sum(b_a * b_s)
             b_x = tl.load(x + i_t * x_t, mask=m_v, other=0.0).to(tl.float32)
-            x_o = tl.sum(b_x * b_o)
+            x_o = tl.sum(b_x * tl.sum(b_s * b_q[:, None], 0))
             if ADJOINT:
                 # nothing crosses a reset: what is left of the sum there is its rounding
                 running = tl.where(gate < UNDERFLOW, 0.0, running + tl.load(w + o_w + i_t) - x_o)
                 tl.store(dg + o_w + i_t, running)
             else:
                 tl.store(w + o_w + i_t, x_o)
-        b_o += tl.sum(b_q * b_k) * b_v
-        tl.store(o + i_t * (H * V), b_o, mask=m_v)
+
         b_s += b_k[:, None] * b_v[None, :]
-        if ADJOINT:
-            b_s *= decay
+        behind = b_s * decay if ADJOINT else b_s
+        # the states before the sum over K, for which warps wait for each other
         if states is not None:
-            tl.store(states + i_t * s_t, b_s, mask=m_s)
-
-        if not ADJOINT and x is not None:
+            tl.store(states + i_t * s_t, behind, mask=m_s)
+        if state_out is not None:
+            if n == L - 1:
+                tl.store(state_out, behind, mask=m_s)
+        if x is not None and not ADJOINT:
             if i == L - 1 or (i + 1) % BA == 0:
-                tl.store(anchors + i // BA * (H * K * V), b_s, mask=m_s)
-        i += -1 if ADJOINT else 1
+                tl.store(anchors + (i // BA).to(tl.int64) * (H * K * V), b_s, mask=m_s)
+        tl.store(o + i_t * (H * V), tl.sum(b_s * b_q[:, None], 0), mask=m_v)
+        b_s = behind
 
-    if state_out is not None:
-        p_s = state_out + i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
-        tl.store(p_s, b_s, mask=m_s)
+    if state_out is not None and indices is None:
+        if L == 0:
+            tl.store(state_out, b_s, mask=m_s)
 
 
 def run_recurrence(
     q, k, v, g, scale, cu_seqlens, *, state_in=None, state_out=None, states=None, indices=None, x=None, w=None, anchors=None,
     reverse=False, adjoint=False,
 ):
-    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`. With indices, state_in and state_out are
-    pools.
+    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`. With indices, state_in is a pool, and
+    gets the last states too.
 
     H is the number of heads of the states; each of q and k, and of v and x, have it or a divisor of it.
     """
@@ -227,14 +247,14 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
         scale, N, T,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
-        *((0,) * 5 if states is None else states.stride()),
+        *((0, 0) if state_in is None else state_in.stride()[:2]), *((0, 0) if state_out is None else state_out.stride()[:2]),
+        *((0, 0, 0) if states is None else states.stride()[:3]),
         B * H * T,
     )
-    constants = dict(
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR, REVERSE=reverse, ADJOINT=adjoint,
-        num_warps=warps,
-    )
+    constants = dict(H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR)
+    for name, state in (('si', state_in), ('so', state_out), ('s', states)):
+        constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
+    constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
     return recurrent_kernel, ((N + (cu_seqlens is not None)) * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
@@ -242,14 +262,12 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
 def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse):
     """`o`, and the final state or None: with indices the pool, which initial_state then is."""
     final_state = None
-    if indices is not None:
-        final_state = initial_state
-    elif output_final_state:
+    if output_final_state and indices is None:
         final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     o, _ = run_recurrence(
         q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, states=states, indices=indices, reverse=reverse,
     )
-    return o, final_state
+    return o, final_state if indices is None else initial_state
 
 
 class FusedRecurrent(torch.autograd.Function):
