@@ -173,7 +173,7 @@ def combine_kernel(
         i_p = state_slot(indices, i_n, N)
         if i_p < 0:  # padding, of which no state is read
             return
-        p_in = state_in + i_p * si_n + i_h * si_h + o_s // V * si_k + o_s % V * si_v
+        p_in = state_in + i_p * si_n + i_h * si_h + (o_s // V).to(tl.int64) * si_k + (o_s % V).to(tl.int64) * si_v
         b_s = tl.load(p_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BS], tl.float32)

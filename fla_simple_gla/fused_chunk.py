@@ -140,7 +140,8 @@ def sweep_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
-        p_s = state_in + (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        p_s = state_in + (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h
+        p_s += o_k.to(tl.int64)[:, None] * si_k + o_v.to(tl.int64)[None, :] * si_v
         b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -212,7 +213,7 @@ def sweep_kernel(
     if state_out is not None:
         # the last segment's
         if (first == bos if REVERSE else end == eos):
-            p_out = state_out + i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+            p_out = state_out + i_p * so_n + i_h * so_h + o_k.to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
             tl.store(p_out, b_s, mask=m_s)
 
 

@@ -42,6 +42,14 @@ ANCHOR = 1024
 
 
 @jit
+def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr, s_v: tl.constexpr):
+    if K * s_k + V * s_v >= 2**31:
+        o_k = o_k.to(tl.int64)
+        o_v = o_v.to(tl.int64)
+    return o_k[:, None] * s_k + o_v[None, :] * s_v
+
+
+@jit
 def load_token(q, k, v, g, t, q_t, k_t, v_t, g_t, o_k, o_v, there, K: tl.constexpr, V: tl.constexpr):
     """q, k, v and the gate, in base 2, of token t, if it is there."""
     t += tl.zeros([], tl.int64)
@@ -145,16 +153,16 @@ def recurrent_kernel(
         x += i_b * x_b + bos * x_t + i_h // GV * x_h + o_v
         anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     if states is not None:
-        states += i_b * s_b + bos * s_t + i_h * s_h + o_k[:, None] * s_k + o_v[None, :] * s_v
+        states += i_b * s_b + bos * s_t + i_h * s_h + state_offsets(o_k, o_v, K, V, s_k, s_v)
     if state_in is not None:
-        state_in += i_p * si_n + i_h * si_h + o_k[:, None] * si_k + o_v[None, :] * si_v
+        state_in += i_p * si_n + i_h * si_h + state_offsets(o_k, o_v, K, V, si_k, si_v)
         b_s = tl.load(state_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
     if indices is not None:
         state_out = state_in
     elif state_out is not None:
-        state_out += i_p * so_n + i_h * so_h + o_k[:, None] * so_k + o_v[None, :] * so_v
+        state_out += i_p * so_n + i_h * so_h + state_offsets(o_k, o_v, K, V, so_k, so_v)
 
     running = 0.0
     for n in range(L):

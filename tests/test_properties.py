@@ -818,6 +818,18 @@ if GPU:
         for name, found, expected in zip(('o', 'dq', 'dk', 'dv', 'dg', 'ht'), *results):
             assert rms_error(found, expected) < TOLERANCE[q.dtype][name == 'dg'], name
 
+    @pytest.mark.parametrize('mode', STATEFUL)
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    def test_rows_of_a_state_further_apart_than_int32_counts(mode, dtype, memory_returned):
+        inputs = make_inputs(Case(140, B=2, K=64, V=16, dtype=dtype))
+        options = {'g': inputs['g'], 'state_indices': torch.tensor([2, 0], device='cuda')}
+        pools = [torch.empty(64 * 2**26, dtype=torch.bfloat16, device='cuda').as_strided((3, 2, 64, 16), (32, 16, 2**26, 1))]
+        pools[0].copy_(torch.randn(3, 2, 64, 16))
+        pools.append(pools[0].contiguous())
+        with torch.no_grad():
+            o, expected = (MODES[mode](*(inputs[x] for x in 'qkv'), initial_state=pool, **options)[0] for pool in pools)
+        assert torch.equal(o, expected) and torch.equal(*pools)
+
     def test_a_million_tokens(memory_returned):
         """The chunk mode agrees with the recurrent one, and its memory is that of its results and a tenth: it grows with T.
 
