@@ -125,19 +125,10 @@ def recurrent_kernel(
     m_v = o_v < V
     m_s = (o_k < K)[:, None] & m_v[None, :]
 
-    i_p = state_slot(indices, i_n, N)
-    q += i_b * q_b + bos * q_t + i_h // GQ * q_h + o_k
-    k += i_b * k_b + bos * k_t + i_h // GQ * k_h + o_k
-    v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
-    if g is not None:
-        g += i_b * g_b + bos * g_t + i_h * g_h
-    # always a token ahead: these loads wait neither for the slot nor for the sums of the token before
-    back: tl.constexpr = REVERSE != ADJOINT
-    ahead = load_token(q, k, v, g, L - 1 if back else 0, q_t, k_t, v_t, g_t, o_k, o_v, L > 0, K, V)
-
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
+    i_p = state_slot(indices, i_n, N)
     if cu_seqlens is not None or indices is not None:
         # the tokens behind the last sequence, and padding
         if (i_n == N) | (i_p < 0):
@@ -163,6 +154,15 @@ def recurrent_kernel(
         state_out = state_in
     elif state_out is not None:
         state_out += i_p * so_n + i_h * so_h + state_offsets(o_k, o_v, K, V, so_k, so_v)
+
+    q += i_b * q_b + bos * q_t + i_h // GQ * q_h + o_k
+    k += i_b * k_b + bos * k_t + i_h // GQ * k_h + o_k
+    v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
+    if g is not None:
+        g += i_b * g_b + bos * g_t + i_h * g_h
+    # always a token ahead; behind the loads of the state, which do not wait then until q and k have come and have its layout
+    back: tl.constexpr = REVERSE != ADJOINT
+    ahead = load_token(q, k, v, g, L - 1 if back else 0, q_t, k_t, v_t, g_t, o_k, o_v, L > 0, K, V)
 
     running = 0.0
     for n in range(L):
