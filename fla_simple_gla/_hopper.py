@@ -138,7 +138,8 @@ def gates(
         b_g = gl.zeros([C], gl.float32, layout)
         if g is not None:
             p_g = g + i_b * g_b + i_h.to(gl.int64) * g_h + (first + o_t).to(gl.int64) * g_t
-            b_n = gl.load(p_g, mask=o_t < L, other=0.0)
+            # (back in time o_t is negative where there are no tokens)
+            b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
         for _ in range(NT):
             if g is not None:
                 b_g = b_n.to(gl.float32) * LOG2E
