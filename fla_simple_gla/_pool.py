@@ -19,8 +19,8 @@ def in_pool(
         tokens = torch.repeat_interleave(padding, cu_seqlens.diff())
         rows = slice(None), tokens.nonzero().flatten()
     kept = None if states is None else states[rows]
-    initial_state = pool[indices.clamp_min(0).long()]
-    initial_state[padding] = 0
+    initial_state = pool.new_zeros(len(indices), *pool.shape[1:])
+    initial_state[~padding] = pool[indices[~padding].long()]
     o, final_state = run(initial_state=initial_state, output_final_state=True)
     pool[indices[~padding].long()] = final_state[~padding].to(pool.dtype)
     o[rows] = 0

@@ -38,8 +38,8 @@ def pooled(mode, case):
 
 
 def captured(call, tensors):
-    """The graph of a call, and where it leaves o. The slots are to be all padding: nothing in the pool is touched here."""
-    call(**tensors)  # compiles
+    """The graph of a call, and where it leaves o. The call is made once before, which compiles it."""
+    call(**tensors)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         o = call(**tensors)

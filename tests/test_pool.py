@@ -5,10 +5,12 @@ import torch
 from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, poisoned_memory, rms_error
 
 from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
+from fla_simple_gla.fused_chunk import hopper_sweeps
 
 HALF = torch.bfloat16 if GPU else torch.float16
 D = 64 if GPU else 16
 SLOTS = 9
+INDICES = [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)]
 
 CASES = [
     Case(1, B=4, K=D, V=D), Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True), Case(3, B=4, K=D, V=D, state_dtype=HALF),
@@ -19,8 +21,14 @@ CASES = [
 # dims and lengths of other kernels and configurations
 LARGE_CASES = [
     *(Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))),
-    Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=256, V=200, dtype=HALF),
+    *(
+        Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=K, V=V, dtype=HALF, state_dtype=dtype)
+        for K, V, dtype in ((64, 64, HALF), (128, 128, HALF), (256, 200, torch.float32))
+    ),
 ]
+MODES_HERE = {mode: MODES[mode] for mode in STATEFUL} | {
+    f'cpu {mode}': MODES[mode] for mode in ('fused_recurrent', 'chunk', 'fused_chunk')
+}
 
 
 def outside(case, padding):
@@ -32,31 +40,22 @@ def outside(case, padding):
     return slice(None), [*tokens, *range(bounds[-1], case.T)]
 
 
-@pytest.mark.parametrize(
-    'mode, case',
-    [
-        pytest.param(mode, case, id=f'{mode}-{case}')
-        for mode in [*STATEFUL, 'cpu'] for case in CASES + (LARGE_CASES if GPU and mode != 'cpu' else [])
-        if mode in ('fused_recurrent', 'cpu') or not case.reverse
-    ],
-)
-@pytest.mark.parametrize('indices', [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)])
-def test_states_in_a_pool(mode, indices, case, monkeypatch):
-    """Against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN."""
-    if mode == 'cpu':
-        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
-    device = 'cpu' if mode == 'cpu' else DEVICE
+def check_pool(mode, case, indices, buffer=False):
+    """A call against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN."""
+    device = 'cpu' if mode.startswith('cpu') else DEVICE
     inputs = make_inputs(case, device)
     q, k, v, g, gamma = (inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma'))
-    shape = (SLOTS, case.H, case.V, case.K) if case.state_v_first else (SLOTS, case.H, case.K, case.V)
-    pool = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype)
-    untouched = [i for i in range(SLOTS) if i not in indices]
-    pool[untouched] = float('nan')
-    before = pool.clone()
+    shape = (case.H, case.V, case.K) if case.state_v_first else (case.H, case.K, case.V)
+    # one more in front, which is where a slot -1 would be
+    whole = torch.randn(1 + SLOTS, *shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype)
+    pool = whole[1:]
+    untouched = [0, *(1 + i for i in range(SLOTS) if i not in indices)]
+    whole[untouched] = float('nan')
+    before = whole.clone()
     slots = torch.tensor(indices, device=device, dtype=torch.int32 if case.T % 2 else torch.int64)
     named = slots >= 0
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
-    h0 = before[slots.clamp_min(0).long()].double().nan_to_num()
+    h0 = pool[slots.clamp_min(0).long()].double().nan_to_num()
     states = torch.empty(*q.shape[:2], case.H, case.K, case.V, dtype=torch.float64, device=device)
     expected, ht = naive_recurrent_simple_gla(
         *(None if x is None else x.double() for x in (q, k, v, g)), initial_state=h0.mT if case.state_v_first else h0,
@@ -70,15 +69,12 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
             x[rows] = float('nan')
     ht = ht.mT if case.state_v_first else ht
 
-    options = {}
-    if mode in ('fused_recurrent', 'cpu'):
+    options = {'reverse': True} if case.reverse else {}
+    if buffer:
         states = states.mT if case.state_v_first else states
         options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, dtype=case.state_dtype, device=device)
-        if case.reverse:
-            options['reverse'] = True
-    function = fused_recurrent_simple_gla if mode == 'cpu' else MODES[mode]
     with torch.no_grad(), poisoned_memory():
-        o, final_state = function(
+        o, final_state = MODES_HERE[mode](
             q, k, v, g, g_gamma=gamma, initial_state=pool, state_v_first=case.state_v_first, cu_seqlens=cu_seqlens, state_indices=slots,
             **options,
         )
@@ -88,12 +84,53 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     assert rms_error(o, expected) <= tolerance
     of_state = max(tolerance, torch.finfo(case.state_dtype).eps / 2)
     assert rms_error(pool[slots[named].long()], ht[named]) <= of_state
-    assert torch.equal(pool[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
-    if options:
-        buffer = options['intermediate_states_buffer']
-        assert (buffer[rows] == 7).all()
-        buffer[rows], states[rows] = 0, 0
-        assert rms_error(buffer, states) <= max(1e-5, torch.finfo(case.state_dtype).eps / 2)
+    assert torch.equal(whole[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
+    if buffer:
+        found = options['intermediate_states_buffer']
+        assert (found[rows] == 7).all()
+        found[rows], states[rows] = 0, 0
+        assert rms_error(found, states) <= max(1e-5, torch.finfo(case.state_dtype).eps / 2)
+
+
+@pytest.mark.parametrize(
+    'mode, case',
+    [
+        pytest.param(mode, case, id=f'{mode}-{case}')
+        for mode in MODES_HERE for case in CASES + (LARGE_CASES if GPU and not mode.startswith('cpu') else [])
+        if 'fused_recurrent' in mode or not case.reverse
+    ],
+)
+@pytest.mark.parametrize('indices', INDICES)
+def test_states_in_a_pool(mode, indices, case, monkeypatch):
+    if mode.startswith('cpu'):
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    check_pool(mode, case, indices, buffer='fused_recurrent' in mode and indices != INDICES[1])
+
+
+@pytest.mark.skipif(not GPU or hopper_sweeps(torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
+@pytest.mark.parametrize('case', LARGE_CASES, ids=str)
+@pytest.mark.parametrize('mode', ['segments', 'fused_chunk'])
+def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
+    """One multiprocessor: the programs, which stay, go from sequences to padding and on."""
+    for module in ('_hopper', '_hopper_wide'):
+        monkeypatch.setattr(f'fla_simple_gla.{module}.multiprocessors', lambda device: 1)
+    for plans in ('fla_simple_gla._launch.plans', 'harness.PLANS'):
+        monkeypatch.setattr(plans, {})
+    check_pool(mode, case, INDICES[0])
+
+
+@pytest.mark.parametrize('mode', [mode for mode in MODES_HERE if mode != 'segments'])
+def test_a_pool_without_slots(mode, monkeypatch):
+    if mode.startswith('cpu'):
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    device = 'cpu' if mode.startswith('cpu') else DEVICE
+    inputs = make_inputs(Case(3, B=2), device)
+    slots = torch.tensor([-1, -1], device=device)
+    with poisoned_memory():
+        o, _ = MODES_HERE[mode](
+            *(inputs[x] for x in ('q', 'k', 'v', 'g')), initial_state=torch.empty(0, 2, 16, 16, device=device), state_indices=slots,
+        )
+    assert (o == 0).all()
 
 
 def test_states_behind_every_token_without_a_pool():
