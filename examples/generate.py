@@ -16,6 +16,7 @@ the same bytes.
 
 import argparse
 import os
+import pickle
 import sys
 import time
 from collections import deque
@@ -135,10 +136,12 @@ def load(path: Path | None, device: str) -> LanguageModel:
         return LanguageModel(width=128, layers=3, heads=4).to(device)
     try:
         saved = torch.load(path, map_location=device)
+        model = LanguageModel(**saved['dims']).to(device)
+        model.load_state_dict(saved['weights'])
     except OSError as error:
         sys.exit(f'generate.py: cannot read {path}: {error.strerror}')
-    model = LanguageModel(**saved['dims']).to(device)
-    model.load_state_dict(saved['weights'])
+    except (EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError):
+        sys.exit(f'generate.py: {path} holds no model that train_lm.py saved')
     return model
 
 

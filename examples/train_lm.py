@@ -346,6 +346,8 @@ def parse_arguments(device: str) -> argparse.Namespace:
         parser.error(f'argument --heads: must divide the width {args.width}, got {args.heads}')
     if args.width // args.heads > 512:
         parser.error(f'argument --heads: a head is at most 512 wide, got {args.width} / {args.heads}')
+    if args.save is not None and not args.save.parent.is_dir():
+        parser.error(f'argument --save: there is no directory {args.save.parent}')
     if not args.prompt:
         parser.error('argument --prompt: must not be empty')
     return args

@@ -8,7 +8,7 @@ import torch
 @torch.no_grad()
 def in_pool(
     run: Callable, pool: torch.Tensor, indices: torch.Tensor, cu_seqlens: torch.Tensor | None, states: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """`o` of `run(initial_state, output_final_state)`, from the states in these slots of the pool, where the final ones replace them.
 
     Where an index is -1, o is zero, and states `[B, T, ...]`, which run writes, is as before.
@@ -26,4 +26,4 @@ def in_pool(
     o[rows] = 0
     if states is not None:
         states[rows] = kept
-    return o, pool
+    return o

@@ -446,7 +446,7 @@ def chunk_simple_gla(
             if state_indices is None:
                 o, ht = Chunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
             else:
-                o, ht, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
+                o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
     else:
         naive = functools.partial(
             naive_chunk_simple_gla, q, k, v, g, chunk_size=chunk_size or 64, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
@@ -454,5 +454,5 @@ def chunk_simple_gla(
         if state_indices is None:
             o, ht = naive(initial_state=h0, output_final_state=output_final_state)
         else:
-            o, ht = in_pool(naive, h0, state_indices, cu_seqlens)
+            o = in_pool(naive, h0, state_indices, cu_seqlens)
     return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

@@ -563,11 +563,11 @@ def fused_chunk_simple_gla(
             if state_indices is None:
                 o, ht = FusedChunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
             else:
-                o, ht, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
+                o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
     else:
         naive = functools.partial(naive_chunk_simple_gla, q, k, v, g, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
         if state_indices is None:
             o, ht = naive(initial_state=h0, output_final_state=output_final_state)
         else:
-            o, ht = in_pool(naive, h0, state_indices, cu_seqlens)
+            o = in_pool(naive, h0, state_indices, cu_seqlens)
     return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

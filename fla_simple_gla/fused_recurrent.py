@@ -268,14 +268,14 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
 
 @recorded
 def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse):
-    """`o`, and the final state or None: with indices the pool, which initial_state then is."""
+    """`o`, and the final state or None. With indices initial_state is a pool, and gets the final states."""
     final_state = None
     if output_final_state and indices is None:
         final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     o, _ = run_recurrence(
         q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, states=states, indices=indices, reverse=reverse,
     )
-    return o, final_state if indices is None else initial_state
+    return o, final_state
 
 
 class FusedRecurrent(torch.autograd.Function):
@@ -418,5 +418,5 @@ def fused_recurrent_simple_gla(
         if state_indices is None:
             o, ht = naive(initial_state=h0, output_final_state=output_final_state)
         else:
-            o, ht = in_pool(naive, h0, state_indices, cu_seqlens, states)
+            o = in_pool(naive, h0, state_indices, cu_seqlens, states)
     return o, initial_state if state_indices is not None else transposed(ht, state_v_first)

@@ -37,10 +37,10 @@ def test_trains_and_generates(tmp_path):
 
 
 @pytest.mark.parametrize('content', [None, ''])
-def test_refuses_a_missing_or_empty_text(tmp_path, content):
-    text = tmp_path / 'text'
+def test_refuses_a_missing_or_empty_file(tmp_path, content):
+    file = tmp_path / 'file'
     if content is not None:
-        text.write_text(content)
-    result = run('--text', text)
-    assert result.returncode != 0
-    assert str(text) in result.stderr and 'Traceback' not in result.stderr
+        file.write_text(content)
+    for result in (run('--text', file), run('--model', file, script='generate.py')):
+        assert result.returncode != 0
+        assert str(file) in result.stderr and 'Traceback' not in result.stderr

@@ -82,7 +82,8 @@ def check_pool(mode, case, indices, buffer=False):
     tolerance = TOLERANCE[case.dtype][0]
     assert (o[rows] == 0).all()
     assert rms_error(o, expected) <= tolerance
-    of_state = max(tolerance, torch.finfo(case.state_dtype).eps / 2)
+    # the recurrent mode rounds no state but where it is stored
+    of_state = max(1e-5 if 'fused_recurrent' in mode else tolerance, torch.finfo(case.state_dtype).eps / 2)
     assert rms_error(pool[slots[named].long()], ht[named]) <= of_state
     assert torch.equal(whole[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
     if buffer:
