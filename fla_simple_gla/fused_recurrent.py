@@ -49,20 +49,7 @@ def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr,
     return o_k[:, None] * s_k + o_v[None, :] * s_v
 
 
-@jit
-def load_token(q, k, v, g, t, q_t, k_t, v_t, g_t, o_k, o_v, there, K: tl.constexpr, V: tl.constexpr):
-    """q, k, v and the gate, in base 2, of token t, if it is there."""
-    t += tl.zeros([], tl.int64)
-    m_k = tl.where(there, o_k < K, False)
-    b_q = tl.load(q + t * q_t, mask=m_k, other=0.0).to(tl.float32)
-    b_k = tl.load(k + t * k_t, mask=m_k, other=0.0).to(tl.float32)
-    b_v = tl.load(v + t * v_t, mask=tl.where(there, o_v < V, False), other=0.0).to(tl.float32)
-    gate = 0.0
-    if g is not None:
-        gate = tl.load(g + t * g_t, mask=there, other=0.0).to(tl.float32) * LOG2E
-    return b_q, b_k, b_v, gate
-
-
+# T = 1 is specialised on: a decode step has no loop then, and takes fewer registers
 @jit(do_not_specialize=['N', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
 def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
@@ -122,8 +109,9 @@ def recurrent_kernel(
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
     m_v = o_v < V
-    m_s = (o_k < K)[:, None] & m_v[None, :]
+    m_s = m_k[:, None] & m_v[None, :]
 
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
@@ -160,29 +148,30 @@ def recurrent_kernel(
     v += i_b * v_b + bos * v_t + i_h // GV * v_h + o_v
     if g is not None:
         g += i_b * g_b + bos * g_t + i_h * g_h
-    # always a token ahead; behind the loads of the state, which do not wait then until q and k have come and have its layout
-    back: tl.constexpr = REVERSE != ADJOINT
-    ahead = load_token(q, k, v, g, L - 1 if back else 0, q_t, k_t, v_t, g_t, o_k, o_v, L > 0, K, V)
 
     running = 0.0
-    for n in range(L):
-        t = L - 1 - n if back else n
-        # the token's number in the forward run, in which the adjoint goes back
-        i = L - 1 - n if ADJOINT else n
-        b_q, b_k, b_v, gate = ahead
-        ahead = load_token(q, k, v, g, t - 1 if back else t + 1, q_t, k_t, v_t, g_t, o_k, o_v, n + 1 < L, K, V)
-        decay = 1.0 if g is None else tl.exp2(gate)
+    # the token's number in the forward run, in which the adjoint goes back
+    i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
+    for _ in range(L):
+        i_t = L - 1 - i if REVERSE else i
+        # behind the loads of the state, which so do not wait until q and k have come and have its layout
+        b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0).to(tl.float32)
+        decay = 1.0
+        if g is not None:
+            gate = tl.load(g + i_t * g_t).to(tl.float32) * LOG2E
+            decay = tl.exp2(gate)
         if ADJOINT:
             b_k *= scale
         else:
             b_q *= scale
             b_s *= decay
 
-        i_t = t.to(tl.int64)
         if x is not None:
             if ADJOINT:
                 if i == L - 1 or (i + 1) % BA == 0:
-                    b_a = tl.load(anchors + (i // BA).to(tl.int64) * (H * K * V), mask=m_s, other=0.0)
+                    b_a = tl.load(anchors + i // BA * (H * K * V), mask=m_s, other=0.0)
                     running = tl.sum(b_a * b_s)
             b_x = tl.load(x + i_t * x_t, mask=m_v, other=0.0).to(tl.float32)
             x_o = tl.sum(b_x * tl.sum(b_s * b_q[:, None], 0))
@@ -199,13 +188,14 @@ def recurrent_kernel(
         if states is not None:
             tl.store(states + i_t * s_t, behind, mask=m_s)
         if state_out is not None:
-            if n == L - 1:
+            if i == (0 if ADJOINT else L - 1):
                 tl.store(state_out, behind, mask=m_s)
         if x is not None and not ADJOINT:
             if i == L - 1 or (i + 1) % BA == 0:
-                tl.store(anchors + (i // BA).to(tl.int64) * (H * K * V), b_s, mask=m_s)
+                tl.store(anchors + i // BA * (H * K * V), b_s, mask=m_s)
         tl.store(o + i_t * (H * V), tl.sum(b_s * b_q[:, None], 0), mask=m_v)
         b_s = behind
+        i += -1 if ADJOINT else 1
 
     if state_out is not None and indices is None:
         if L == 0:
