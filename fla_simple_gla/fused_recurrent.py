@@ -135,7 +135,8 @@ def recurrent_kernel(
         states += i_b * s_b + bos * s_t + i_h * s_h + state_offsets(o_k, o_v, K, V, s_k, s_v)
     if state_in is not None:
         state_in += i_p * si_n + i_h * si_h + state_offsets(o_k, o_v, K, V, si_k, si_v)
-        # a state in a pool stays in the L2 cache until it is written back, if there is room: 2 to 3% less time at batch 64 and 256
+        # One from a pool is to stay in the L2 cache until it is written back. On an H200 that takes 2 to 3% off batch 64 and 256, with
+        # other pools in between too, and adds nothing to kernels behind it.
         b_s = tl.load(state_in, mask=m_s, other=0.0, eviction_policy='' if indices is None else 'evict_last').to(tl.float32)
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
@@ -155,7 +156,7 @@ def recurrent_kernel(
     i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
     for _ in range(L):
         i_t = L - 1 - i if REVERSE else i
-        # all are on their way before any is used: where warps exchange what has come, they wait for each other, and no load passes that
+        # All are on their way before any is used: for that, warps exchange q and k and wait for each other, which no load is moved across.
         b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0)
         b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0)
         b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0)

@@ -20,7 +20,10 @@ CASES = [
 ]  # fmt: skip
 # dims and lengths of other kernels and configurations
 LARGE_CASES = [
-    *(Case(300, B=4, K=K, V=V, dtype=HALF) for K, V in ((128, 128), (256, 256), (64, 128), (512, 64))),
+    *(
+        Case(300, B=4, K=K, V=V, dtype=HALF, state_v_first=v_first)
+        for K, V, v_first in ((128, 128, False), (256, 256, True), (64, 128, True), (512, 64, False), (512, 40, True))
+    ),
     *(
         Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=K, V=V, dtype=HALF, state_dtype=dtype)
         for K, V, dtype in ((64, 64, HALF), (128, 128, HALF), (256, 200, torch.float32))
