@@ -189,7 +189,8 @@ def recurrent_kernel(
             else:
                 tl.store(w + o_w + i_t, x_o)
 
-        b_s += b_k[:, None] * b_v[None, :]
+        # explicitly, so that with and without x it is the same product that is rounded
+        b_s = tl.fma(b_k[:, None], b_v[None, :], b_s)
         behind = b_s * decay if ADJOINT else b_s
         # the states before the sum over K, for which warps wait for each other
         if states is not None:
