@@ -5,7 +5,8 @@
 Every sequence of the batch has its state in a pool, in shuffled slots, and goes on by T tokens (1, or a few drafts), in bf16 with a gate.
 fla-core, which has no pools, is given the states of the batch, and returns new ones. The columns:
 
-- device: microseconds from CUDA graphs of many calls (`triton.testing.do_bench_cudagraph`). A state of batch 1 stays in the L2 cache.
+- device: microseconds from CUDA graphs of many calls (`triton.testing.do_bench_cudagraph`). Small batches stay in the L2 cache and can take
+  less than the floor.
 - floor: the bytes that have to move (each state read and written, q, k, v, g read and o written), over the bandwidth of a large copy
   measured in the same run.
 - share: the floor over the time.

@@ -156,7 +156,8 @@ def recurrent_kernel(
     i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
     for _ in range(L):
         i_t = L - 1 - i if REVERSE else i
-        # All are on their way before any is used: for that, warps exchange q and k and wait for each other, which no load is moved across.
+        # All loads are issued before any is used: to use q and k, warps exchange them and wait for each other, and no load is moved across
+        # a wait.
         b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0)
         b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0)
         b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0)
@@ -234,24 +235,28 @@ def run_recurrence(
     return o, dg if adjoint else w
 
 
-def recurrence_config(K: int, V: int, pool: torch.Tensor | None) -> tuple[int, int]:
-    """Columns of V of a program, and its warps. It is the same for any batch, so that a sequence gets the same bits in all.
+def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.Tensor | None = None) -> tuple[int, int]:
+    """Columns of V of a program, and its warps. The batch makes no difference, so that a sequence gets the same bits in any.
 
     A pool, measured on one H200 with triton 3.6, H32 and K = V = 128: a program reads all of its tile before it writes any. Where K is
-    contiguous a tile is one piece, of which 4 KiB are enough at batch 64 and good at batch 1. Where V is, it is a piece of every row, and
-    the memory wants 256 bytes: at batch 256 and in fp32 half of that takes 278 microseconds, not 262; in bf16 145, not 136 (though at
-    batch 1 2.5, not 3.3, and with 4 tokens at batch 64 72, not 95).
+    contiguous, a tile is whole columns, of which 4 KiB are enough at batch 64 and good at batch 1. Where V is, it is a piece of every row,
+    and the memory wants 256 bytes of each: with half of that, batch 256 takes 278 microseconds in fp32, not 262, and 145 in bf16, not 136.
+    (In bf16 that is bought at batch 1, where it takes 3.3 and half the width would take 2.5, and with 4 tokens at batch 64: 95 and 72.)
+    With K over 128 the registers leave less: at most 128 numbers of the state to a thread. It is half of that where they would be
+    spilled: states to be stored in another dtype, and rows too odd for loads of 16 bytes.
     """
     BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
     if pool is None:
         # at most 64 numbers of the state to a thread
         BV = min(BV, 16 if BK <= 256 else 8)
         return BV, max(1, BK * BV // 2048)
+    size = pool.itemsize
     if pool.stride(-2) == 1:
-        return min(BV, 4096 // (BK * pool.itemsize)), 4 // pool.itemsize
-    # at most 128 numbers to a thread
-    BV = min(BV, 256 // pool.itemsize, 16384 // BK)
-    return BV, min(4, max(1, BK * BV * pool.itemsize // 8192))
+        BV = min(BV, 4096 // (BK * size))
+        return BV, max(1, BK * BV // 1024)
+    tight = states is not None and states.dtype != pool.dtype or pool.stride(-2) * size % 16 != 0
+    BV = min(BV, 256 // size, (8192 if tight else 16384) // BK)
+    return BV, min(4, max(1, BK * BV // (2048 if tight else 8192 // size)))
 
 
 @launcher
@@ -260,7 +265,7 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     N = count_sequences(B, cu_seqlens)
-    BV, warps = recurrence_config(K, V, None if indices is None else state_in)
+    BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
         q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices,
         scale, N, T,

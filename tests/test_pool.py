@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, poisoned_memory, rms_error
+from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, place, poisoned_memory, rms_error
 
 from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
 from fla_simple_gla.fused_chunk import hopper_sweeps
@@ -16,6 +16,7 @@ CASES = [
     Case(1, B=4, K=D, V=D), Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True), Case(3, B=4, K=D, V=D, state_dtype=HALF),
     Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'), Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
     Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D), Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
+    Case(3, B=4, K=D, V=D, state_dtype=HALF, state_v_first=True, layout='wide'), Case(2, B=4, K=24, V=41, state_dtype=HALF, layout='odd'),
     Case(6, B=4, K=D, V=D, H=4, HK=2, reverse=True), Case(30, cu_seqlens=(0, 5, 5, 19, 27), K=D, V=24, reverse=True, state_dtype=HALF),
 ]  # fmt: skip
 # dims and lengths of other kernels and configurations
@@ -24,6 +25,7 @@ LARGE_CASES = [
         Case(300, B=4, K=K, V=V, dtype=HALF, state_v_first=v_first)
         for K, V, v_first in ((128, 128, False), (256, 256, True), (64, 128, True), (512, 64, False), (512, 40, True))
     ),
+    *(Case(4, B=4, K=128, V=V, state_dtype=HALF, state_v_first=v_first) for V in (128, 127) for v_first in (False, True)),
     *(
         Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=K, V=V, dtype=HALF, state_dtype=dtype)
         for K, V, dtype in ((64, 64, HALF), (128, 128, HALF), (256, 200, torch.float32))
@@ -43,18 +45,22 @@ def outside(case, padding):
     return slice(None), [*tokens, *range(bounds[-1], case.T)]
 
 
-def check_pool(mode, case, indices, buffer=False):
-    """A call against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN."""
+def check_pool(mode, case, indices, buffer=None):
+    """A call against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN.
+
+    With a dtype for a buffer the states behind every token are asked for too.
+    """
     device = 'cpu' if mode.startswith('cpu') else DEVICE
     inputs = make_inputs(case, device)
     q, k, v, g, gamma = (inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma'))
     shape = (case.H, case.V, case.K) if case.state_v_first else (case.H, case.K, case.V)
     # one more in front, which is where a slot -1 would be
-    whole = torch.randn(1 + SLOTS, *shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype)
+    whole = place(torch.randn(1 + SLOTS, *shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype), case.layout)
     pool = whole[1:]
-    untouched = [0, *(1 + i for i in range(SLOTS) if i not in indices)]
-    whole[untouched] = float('nan')
-    before = whole.clone()
+    whole[[0, *(1 + i for i in range(SLOTS) if i not in indices)]] = float('nan')
+    # all of the memory, where rows are parts of wider ones
+    memory = whole if whole._base is None else whole._base
+    before = memory.clone()
     slots = torch.tensor(indices, device=device, dtype=torch.int32 if case.T % 2 else torch.int64)
     named = slots >= 0
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
@@ -73,9 +79,9 @@ def check_pool(mode, case, indices, buffer=False):
     ht = ht.mT if case.state_v_first else ht
 
     options = {'reverse': True} if case.reverse else {}
-    if buffer:
+    if buffer is not None:
         states = states.mT if case.state_v_first else states
-        options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, dtype=case.state_dtype, device=device)
+        options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, dtype=buffer, device=device)
     with torch.no_grad(), poisoned_memory():
         o, final_state = MODES_HERE[mode](
             q, k, v, g, g_gamma=gamma, initial_state=pool, state_v_first=case.state_v_first, cu_seqlens=cu_seqlens, state_indices=slots,
@@ -87,13 +93,16 @@ def check_pool(mode, case, indices, buffer=False):
     assert rms_error(o, expected) <= tolerance
     # the recurrent mode rounds no state but where it is stored
     of_state = max(1e-5 if 'fused_recurrent' in mode else tolerance, torch.finfo(case.state_dtype).eps / 2)
-    assert rms_error(pool[slots[named].long()], ht[named]) <= of_state
-    assert torch.equal(whole[untouched].view(torch.uint8), before[untouched].view(torch.uint8))
-    if buffer:
+    slots = slots[named].long()
+    assert rms_error(pool[slots], ht[named]) <= of_state
+    if buffer is not None:
         found = options['intermediate_states_buffer']
         assert (found[rows] == 7).all()
         found[rows], states[rows] = 0, 0
-        assert rms_error(found, states) <= max(1e-5, torch.finfo(case.state_dtype).eps / 2)
+        assert rms_error(found, states) <= max(1e-5, torch.finfo(buffer).eps / 2)
+    # nothing else is touched
+    pool[slots] = h0[named].to(pool.dtype)
+    assert torch.equal(memory.view(torch.uint8), before.view(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -108,11 +117,12 @@ def check_pool(mode, case, indices, buffer=False):
 def test_states_in_a_pool(mode, indices, case, monkeypatch):
     if mode.startswith('cpu'):
         monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
-    check_pool(mode, case, indices, buffer='fused_recurrent' in mode and indices != INDICES[1])
+    buffers = {INDICES[0]: case.state_dtype, INDICES[2]: torch.float32} if 'fused_recurrent' in mode else {}
+    check_pool(mode, case, indices, buffers.get(indices))
 
 
 @pytest.mark.skipif(not GPU or hopper_sweeps(torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
-@pytest.mark.parametrize('case', LARGE_CASES, ids=str)
+@pytest.mark.parametrize('case', [case for case in LARGE_CASES if case.dtype == HALF and case.K <= 256], ids=str)
 @pytest.mark.parametrize('mode', ['segments', 'fused_chunk'])
 def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
     """One multiprocessor: the programs, which stay, go from sequences to padding and on."""
