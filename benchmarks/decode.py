@@ -15,21 +15,14 @@ fla-core, which has no pools, is given the states of the batch, and returns new 
 """
 
 import argparse
-import math
 
 import torch
-from run import copy_bandwidth, host_time, print_machine, require_gpu
+from run import copy_bandwidth, host_time, inputs, print_machine, require_gpu
 
 import fla_simple_gla
 
 BATCHES = (1, 16, 64, 256)
 WIDTHS = (7, 22, 9, 8, 6, 7, 8)
-
-
-def inputs(N, T, H, D):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(N, T, H, D, dtype=torch.bfloat16, device='cuda') for _ in range(3))
-    return q, k, v, torch.nn.functional.logsigmoid(torch.randn(N, T, H, device='cuda') + math.log(20))
 
 
 def error(step, tokens, states) -> float:
@@ -93,7 +86,7 @@ def main(arguments=None) -> None:
     print(line(('batch', 'pool', 'device', 'floor', 'share', 'host', 'error')))
     print('|' + '|'.join('-' * (width + 1) + ':' for width in WIDTHS) + '|', flush=True)
     for N in options.batch or BATCHES:
-        tokens = inputs(N, T, H, D)
+        tokens = [x.detach() for x in inputs(N, T, H, D)[0]]
         states = torch.randn(N, H, D, D, device='cuda')
         rows = {
             f'{str(dtype)[6:]} {"[V, K]" if v_first else "[K, V]"}': (dtype, *ours(tokens, states.to(dtype).float(), dtype, v_first))

@@ -206,6 +206,7 @@ def recurrent_kernel(
         b_s = behind
         i += -1 if ADJOINT else 1
 
+    # of an empty sequence, whose state is in place in a pool
     if state_out is not None and indices is None:
         if L == 0:
             tl.store(state_out, b_s, mask=m_s)
@@ -241,7 +242,7 @@ def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.T
     A pool, measured on one H200 with triton 3.6, H32 and K = V = 128: a program reads all of its tile before it writes any. Where K is
     contiguous, a tile is whole columns, of which 4 KiB are enough at batch 64 and good at batch 1. Where V is, it is a piece of every row,
     and the memory wants 256 bytes of each: with half of that, batch 256 takes 278 microseconds in fp32, not 262, and 145 in bf16, not 136.
-    (In bf16 that is bought at batch 1, where it takes 3.3 and half the width would take 2.5, and with 4 tokens at batch 64: 95 and 72.)
+    (In bf16 that is bought at batch 1, where it takes 3.2 and half the width would take 2.5, and with 4 tokens at batch 64: 95 and 72.)
     With K over 128 the registers leave less: at most 128 numbers of the state to a thread. It is half of that where they would be
     spilled: states to be stored in another dtype, and rows too odd for loads of 16 bytes.
     """

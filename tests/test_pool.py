@@ -91,15 +91,17 @@ def check_pool(mode, case, indices, buffer=None):
     tolerance = TOLERANCE[case.dtype][0]
     assert (o[rows] == 0).all()
     assert rms_error(o, expected) <= tolerance
-    # the recurrent mode rounds no state but where it is stored
-    of_state = max(1e-5 if 'fused_recurrent' in mode else tolerance, torch.finfo(case.state_dtype).eps / 2)
+    # the recurrent mode rounds no state but where it is stored, once: an RMS error of about 0.21 eps
+    of_state = max(1e-5, torch.finfo(case.state_dtype).eps / 4) if 'fused_recurrent' in mode else max(
+        tolerance, torch.finfo(case.state_dtype).eps / 2
+    )
     slots = slots[named].long()
     assert rms_error(pool[slots], ht[named]) <= of_state
     if buffer is not None:
         found = options['intermediate_states_buffer']
         assert (found[rows] == 7).all()
         found[rows], states[rows] = 0, 0
-        assert rms_error(found, states) <= max(1e-5, torch.finfo(buffer).eps / 2)
+        assert rms_error(found, states) <= max(1e-5, torch.finfo(buffer).eps / 4)
     # nothing else is touched
     pool[slots] = h0[named].to(pool.dtype)
     assert torch.equal(memory.view(torch.uint8), before.view(torch.uint8))
