@@ -10,10 +10,12 @@ addresses, and launch. Before the first time there is a rehearsal, which allocat
 there will be, and these are compiled side by side.
 """
 
-import copy
+import ctypes
 import functools
 import inspect
 import math
+import operator
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +23,10 @@ from types import SimpleNamespace
 
 import torch
 
-from ._triton import INTERPRET, scratch, triton
+from ._triton import INTERPRET, runs_kernels, triton
 from ._validation import check_inputs
 
-# Versions of triton of which it is known that a compiled kernel takes all arguments, constants too, in the order of the parameters,
-# addresses as integers, and in the place of a descriptor the encoded one, its shape and its strides; and that its launcher hands all it is
-# given on to one function. With others every launch goes the usual way.
+# Versions of triton of which it is known what parameters a compiled kernel takes (`Launch`). With others every launch goes the usual way.
 VERSIONS = ('3.6', '3.7', '3.8', '3.9')
 DIRECT = (
     triton is not None and not INTERPRET and torch.version.cuda is not None and '.'.join(triton.__version__.split('.')[:2]) in VERSIONS
@@ -43,9 +43,10 @@ ALIGNMENT = 256
 class Plan:
     """What calls with arguments of the same layouts have in common."""
 
-    def __init__(self, scale: float, kept: bool):
+    def __init__(self, scale: float, kept: bool, operator: bool = False):
         self.scale = scale
         self.kept = kept  # for later calls
+        self.operator = operator  # such tensors are for the operators (`_operators.py`)
         self.choices = {}
 
     def once(self, choose: Callable, *args):
@@ -61,11 +62,12 @@ plans = {}
 def plan_for(
     q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first=False, state_indices=None, intermediate_states_buffer=None,
 ) -> Plan:
-    """The plan of calls with such arguments, those of `check_inputs`. The first ones of a kind are checked, and all of subclasses, which
-    may have no memory.
+    """The plan of calls with such arguments, those of `check_inputs`. The first ones of a kind are checked, and all of tensors that have no
+    memory.
     """
     plan = key = None
-    if type(q) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and type(q) in (torch.Tensor, torch.nn.Parameter):
         try:
             # the type: 1 + 0j equals 1.0, but is no scale
             tensors = q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, intermediate_states_buffer
@@ -77,7 +79,8 @@ def plan_for(
         scale = check_inputs(
             q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices, intermediate_states_buffer,
         )
-        plan = Plan(scale, kept=key is not None)
+        given = [x for x in (q, k, v, g, g_gamma, initial_state) if x is not None]
+        plan = Plan(scale, kept=key is not None, operator=compiling or any(map(is_for_operators, given)))
         if key is not None:
             if len(plans) >= MOST:
                 plans.clear()
@@ -85,30 +88,20 @@ def plan_for(
     return plan
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """PyTorch's decorator of that name, without its cost where no gradient of a gradient can be asked for."""
-    watched = torch.autograd.function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx, *grads):
-        return (watched if torch.is_grad_enabled() else backward)(ctx, *grads)
-
-    return run
+def is_for_operators(x: torch.Tensor) -> bool:
+    """Whether there is no memory to read, or kernels would misread it: x tells PyTorch itself what to do, or has its sign to come."""
+    return type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl or x.is_meta or x.is_neg() and runs_kernels(x)
 
 
 def layouts(tensors: tuple[torch.Tensor | None, ...], addresses: list[int | None]) -> list:
-    """Of each tensor all that a plan or a program may depend on. Their addresses are appended to those of others before them."""
-    found = []
-    for x in tensors:
-        if x is None:
-            found.append(None)
-            addresses.append(None)
-        else:
-            address = x.data_ptr()
-            # launches tell tensors by their addresses: those that share one are others than those that do not
-            shared = addresses.index(address) if address in addresses else None
-            found.append((x.dtype, x.shape, x.stride(), x.device, address % 16, shared))
-            addresses.append(address)
+    """Of each tensor all that a plan or a program may depend on. Their addresses are appended to an empty list."""
+    addresses += [None if x is None else x.data_ptr() for x in tensors]
+    found = [None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.is_neg()) for x in tensors]
+    found += [None if address is None else address % 16 for address in addresses]
+    given = [address for address in addresses if address is not None]
+    if len({*given}) < len(given):
+        # launches tell tensors by their addresses: those that share one are others than those that do not
+        found += [addresses.index(address) for address in addresses]
     return found
 
 
@@ -168,21 +161,22 @@ def launcher(prepare: Callable) -> Callable:
 def recorded(run: Callable) -> Callable:
     """Decorates a pass over a mode's kernels, `run(*tensors, *numbers)`, which is then called as `replay(tensors, *numbers)`.
 
-    The first tensor is not None. The pass returns a tuple of tensors that it was given or allocated, and None. All it does with tensors is
-    to allocate them with `empty` and `zeros` and to give them to launchers, whole. How it does so depends on nothing but the numbers,
-    which are hashable, and of the tensors on dtypes, shapes, strides, devices, whether an address is a multiple of 16, and which are None.
-    A plan that is given tells all that of the tensors, if it is one that is kept.
+    It runs on the device of the first tensor, which is not None. The pass returns a tuple of tensors that it was given or allocated, and
+    None. All it does with tensors is to allocate them with `empty` and `zeros` and to give them to launchers, whole. How it does so
+    depends on nothing but the numbers, which are hashable, and of the tensors on dtypes, shapes, strides, devices, whether an address is a
+    multiple of 16, and which are None. A plan that is given tells all that of the tensors, if it is one that is kept.
     """
     programs = {}
 
     @functools.wraps(run)
     def replay(tensors: tuple[torch.Tensor | None, ...], *numbers, plan: Plan | None = None) -> tuple[torch.Tensor | None, ...]:
-        if torch.compiler.is_compiling():
-            return run(*tensors, *numbers)
         device = tensors[0].get_device()
+        if tensors[0].is_cuda and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return replay(tensors, *numbers, plan=plan)
         if device not in recording.devices:
             enter_context(tensors[0])
-        if not DIRECT or observed():
+        if not DIRECT or cuda_driver() is None or observed():
             return run(*tensors, *numbers)
         if plan is None or not plan.kept:
             addresses = []
@@ -192,7 +186,7 @@ def recorded(run: Callable) -> Callable:
             key = (plan, *numbers)
         program = programs.get(key)
         if program is not None:
-            return program(tensors, addresses, device)
+            return program(tensors, addresses, device) if program.complete else run(*tensors, *numbers)
         if len(programs) >= MOST:
             programs.clear()
         launches = recording.launches = []
@@ -206,8 +200,8 @@ def recorded(run: Callable) -> Callable:
             results = run(*tensors, *numbers)
         finally:
             recording.program = None
-        if program.finish(results):
-            programs[key] = program
+        program.finish(results)
+        programs[key] = program
         return results
 
     return replay
@@ -251,13 +245,19 @@ class Program:
         if not isinstance(compiled, triton.compiler.CompiledKernel):
             self.complete = False
             return
-        launch = Launch(compiled, grid, args, tensors, numbers)
-        if launch.scratch_size:
-            launch.scratch = self.add('new_empty', (launch.scratch_size,), torch.int8, launch.scratch_size)
-        self.recorded.append((launch, {*numbers, launch.scratch}))
+        scratch = None
+        if size := compiled.metadata.global_scratch_size * math.prod(grid):
+            scratch = self.add('new_empty', (size,), torch.int8, size)
+        try:
+            launch = Launch(compiled, grid, args, tensors, numbers, scratch)
+        except (KeyError, StopIteration, OverflowError, struct.error):  # a parameter of another kind, or a number beyond its kind
+            self.complete = False
+            return
+        self.complete &= launch.is_understood()
+        self.recorded.append((launch, {*numbers, scratch}))
 
     def finish(self, results):
-        """Put together what a replay does; whether all of the pass is recorded."""
+        """Put together what a replay does; or find that not all of the pass is known, which then has none."""
         self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
         self.complete &= all(x is None or i is not None for x, i in zip(results, self.results))
         # small ones that are not among the results share an allocation
@@ -280,7 +280,6 @@ class Program:
                 self.steps.append((None, what, self.maker(*self.allocations[what][:3])))
         self.steps.reverse()
         del self.by_address, self.by_identity, self.allocations, self.recorded
-        return self.complete
 
     def maker(self, how, shape, dtype):
         """What allocates such a tensor, from the tensors so far."""
@@ -333,64 +332,126 @@ def compile_all(launches, device):
     asked_for.update(new)
 
 
-class Launch:
-    """A launch of which only the addresses are open."""
+class Config(ctypes.Structure):
+    """CUlaunchConfig of the CUDA driver."""
 
-    def __init__(self, compiled, grid, args, tensors, numbers):
-        self.args = []
-        self.pointers = []  # the number of a tensor, and the place of its address in args
-        self.descriptors = []  # likewise, of an encoded descriptor; how to encode one, and those of some addresses
-        metadata = iter(getattr(compiled.metadata, 'tensordesc_meta', None) or ())
-        for i, arg in enumerate(args):
-            if i >= len(tensors) or tensors[i] is None:
-                self.args.append(arg)
-            elif arg is tensors[i]:
-                self.pointers.append((numbers[i], len(self.args)))
-                self.args.append(0)
-            else:
+    _fields_ = [
+        ('grid', ctypes.c_uint * 3), ('block', ctypes.c_uint * 3), ('shared_memory', ctypes.c_uint), ('stream', ctypes.c_void_p),
+        ('attributes', ctypes.c_void_p), ('count', ctypes.c_uint),
+    ]  # fmt: skip
+
+
+@functools.cache
+def cuda_driver():
+    """The driver's functions to launch a kernel and to tell the sizes of its parameters; None where it is not found, or so old (before
+    CUDA 12.4) that it lacks the latter.
+    """
+    try:
+        library = ctypes.CDLL('libcuda.so.1')
+    except OSError:
+        return None
+    if not hasattr(library, 'cuFuncGetParamInfo'):
+        return None
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuFuncGetParamInfo.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+    return library.cuLaunchKernelEx, library.cuFuncGetParamInfo
+
+
+def parameter_sizes(function: int) -> list[int]:
+    """Bytes of each parameter of a kernel, as the driver has them from its binary."""
+    _, info = cuda_driver()
+    sizes, offset, size = [], ctypes.c_size_t(), ctypes.c_size_t()
+    while info(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)) == 0:
+        sizes.append(size.value)
+    return sizes
+
+
+TENSOR_MAP = 128  # bytes of an encoded descriptor
+# of a number among the parameters, by the types of triton's signatures
+NUMBERS = {'i1': 'b', 'i8': 'b', 'i16': 'h', 'i32': 'i', 'i64': 'q', 'u1': 'B', 'u8': 'B', 'u16': 'H', 'u32': 'I', 'u64': 'Q', 'fp32': 'f'}
+
+
+class Launch:
+    """A launch of which only the addresses are open: the kernel's parameters lie ready in memory, and the driver is called itself.
+
+    Triton's kernels take what is not constant in the order of their signatures, of a descriptor the encoded one, its shape and its
+    strides, and at last the addresses of two scratches.
+    """
+
+    def __init__(self, compiled, grid, args, tensors, numbers, scratch):
+        metadata = compiled.metadata
+        pointers, descriptors, values = [], [], []  # number of a tensor and place; likewise, how to encode; format, value and place
+        place = 0
+        descriptions = iter(getattr(metadata, 'tensordesc_meta', None) or ())
+        for i, (kind, arg) in enumerate(zip(compiled.src.signature.values(), args, strict=True)):
+            if kind == 'constexpr':
+                continue
+            if kind[0] == '*':
+                pointers.append((numbers[i], place))
+            elif kind.startswith('tensordesc'):
                 fields = {name: field for name, field in vars(arg).items() if name != 'base'}
-                self.descriptors.append((numbers[i], len(self.args), functools.partial(encode, fields, next(metadata)), {}))
-                self.args += [None, *arg.shape, *arg.strides]
-        run = copy.copy(compiled.run)
-        if self.descriptors:
-            # triton's own encodes the descriptors and goes on with another one
-            run.launch = inspect.getclosurevars(run.launch).nonlocals['launcher']
-        # What triton does in Python, nearly half of the time of a launch, is the same each time. All of it goes on to a function in C, the
-        # arguments of the kernel last, from triton 3.7 on as a tuple.
-        passed = []
-        self.launch = run.launch
-        run.launch = lambda *args: passed.extend(args)
-        if run.global_scratch_size:
-            triton.set_allocator(lambda size, alignment, stream: scratch)
-        try:
-            run(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *self.args)
-        finally:
-            if run.global_scratch_size:
-                triton.set_allocator(scratch)
-        self.compiled, self.grid = compiled, grid  # the one keeps the kernel on the device
-        self.nested = passed[-len(self.args) :] != self.args
-        self.behind = passed[len(grid) + 1 : -1 if self.nested else -len(self.args)]  # what is behind grid and stream
-        self.scratch_size = run.global_scratch_size * run.num_ctas * math.prod(grid)
-        self.scratch = None  # the number of what the program allocates for that
-        self.place = self.behind.index(scratch) if self.scratch_size else None
+                descriptors.append((numbers[i], place, functools.partial(encode, fields, next(descriptions))))
+                for number_kind, sizes in (('i', arg.shape), ('q', arg.strides)):
+                    for size in sizes:
+                        place += 1
+                        values.append((number_kind, size, place))
+            else:
+                values.append((NUMBERS[kind], arg, place))
+            place += 1
+        if scratch is None:
+            values.append(('Q', 0, place))
+        else:
+            pointers.append((scratch, place))
+        values.append(('Q', 0, place + 1))  # of a profiler
+
+        count = place + 2
+        self.sizes = [TENSOR_MAP] * count
+        # every parameter but a descriptor has eight bytes, the pointers first, which change with every launch
+        self.memory = (ctypes.c_uint64 * count)()
+        self.parameters = (ctypes.c_void_p * count)()
+        formats = [('Q', place) for _, place in pointers] + [(kind, place) for kind, _, place in values]
+        for slot, (kind, place) in enumerate(formats):
+            self.parameters[place] = ctypes.addressof(self.memory) + 8 * slot
+            self.sizes[place] = struct.calcsize(kind)
+        for slot, (kind, value, _) in enumerate(values, len(pointers)):
+            struct.pack_into(kind, self.memory, 8 * slot, value)
+        numbers = tuple(number for number, _ in pointers)
+        self.pointers = operator.itemgetter(*numbers) if len(numbers) > 1 else lambda addresses: [addresses[n] for n in numbers]
+        self.write_pointers = struct.Struct(f'{len(pointers)}Q').pack_into
+        self.descriptors = [(*descriptor, {}) for descriptor in descriptors]  # with those of some addresses
+
+        block = 32 * metadata.num_warps, 1, 1
+        self.config = Config(grid, block, metadata.shared)
+        self.arguments = ctypes.addressof(self.config), compiled.function, ctypes.addressof(self.parameters), None
+        self.compiled = compiled  # keeps the kernel on the device
+        self.call, _ = cuda_driver()
+        self.lock = threading.Lock()  # of the memory: the driver reads it while other threads run
+
+    def is_understood(self) -> bool:
+        """Whether the kernel takes such parameters and nothing else is asked of the launch."""
+        metadata = self.compiled.metadata
+        plain = metadata.num_ctas == 1 and not (metadata.profile_scratch_size or metadata.launch_cooperative_grid or metadata.launch_pdl)
+        return plain and self.sizes == parameter_sizes(self.compiled.function)
 
     def __call__(self, addresses, stream):
-        args = self.args.copy()
-        for number, place in self.pointers:
-            args[place] = addresses[number]
-        for number, place, encoder, encoded in self.descriptors:
-            address = addresses[number]
-            descriptor = encoded.get(address)
-            if descriptor is None:
-                if len(encoded) >= MOST_ADDRESSES:
-                    encoded.clear()
-                descriptor = encoded[address] = encoder(address)
-            args[place] = descriptor
-        behind = self.behind
-        if self.scratch is not None:
-            behind = behind.copy()
-            behind[self.place] = addresses[self.scratch]
-        self.launch(*self.grid, stream, *behind, *([tuple(args)] if self.nested else args))
+        with self.lock:
+            self.write_pointers(self.memory, 0, *self.pointers(addresses))
+            for number, place, encoder, encoded in self.descriptors:
+                address = addresses[number]
+                self.parameters[place] = encoded.get(address) or self.encode(encoder, encoded, address)
+            self.config.stream = stream
+            error = self.call(*self.arguments)
+        if error:
+            raise RuntimeError(f'{self.compiled.name}: cuLaunchKernelEx failed with CUDA error {error}')
+
+    def encode(self, encoder, encoded, address):
+        """Where the driver finds the descriptor of what is at an address: at the end of an object, that is kept."""
+        if len(encoded) >= 2 * MOST_ADDRESSES:
+            encoded.clear()
+        descriptor = encoder(address)
+        encoded[address, 'object'] = descriptor
+        encoded[address] = id(descriptor) + type(descriptor).__basicsize__ - TENSOR_MAP
+        return encoded[address]
 
 
 def encode(fields, metadata, address: int):

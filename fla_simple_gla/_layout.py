@@ -38,8 +38,14 @@ def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, 
 
 
 @functools.cache
+def exists(device: torch.device) -> bool:
+    """Whether it is a GPU of this machine; one that fake tensors are on may not be."""
+    return device.type == 'cuda' and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+
+
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
-    return device.type == 'cuda' and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+    return exists(device) and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

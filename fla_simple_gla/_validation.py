@@ -107,7 +107,7 @@ def check_cu_seqlens_cpu(cu_seqlens_cpu: torch.Tensor | None, cu_seqlens: torch.
         raise TypeError(f'cu_seqlens_cpu must be a torch.Tensor, got {type(cu_seqlens_cpu).__name__}')
     if cu_seqlens is None:
         raise ValueError('cu_seqlens_cpu is given without cu_seqlens, of which it is a copy')
-    if cu_seqlens_cpu.device.type != 'cpu' or cu_seqlens_cpu.shape != cu_seqlens.shape:
+    if isinstance(cu_seqlens, torch.Tensor) and (cu_seqlens_cpu.device.type != 'cpu' or cu_seqlens_cpu.shape != cu_seqlens.shape):
         what = f'shape {_shape(cu_seqlens_cpu)} on {cu_seqlens_cpu.device}'
         raise ValueError(f'cu_seqlens_cpu must be a copy of cu_seqlens {_shape(cu_seqlens)} on the CPU, got {what}')
 
@@ -124,7 +124,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else 'cpu'
-    if not torch.is_autocast_enabled(device):
+    if device == 'meta' or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
@@ -161,6 +161,8 @@ def _check_written(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     _check_tensor(name, x)
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and q.device.type == 'cpu'):
         raise TypeError(f'{name} is written in place, and must be bfloat16, float16 or float32, got {x.dtype}')
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f'{name} is written in place, and must not be a negated view: pass what it is a view of')
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
         raise ValueError(f'{name} is written in place, and must not overlap with itself: got strides {x.stride()} of shape {_shape(x)}')
     _check_device(name, x, q)

@@ -27,13 +27,23 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
-from ._launch import empty, launcher, once_differentiable, plan_for, recorded
-from ._layout import is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, transposed, use_descriptors
-from ._pool import in_pool
-from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_chunk_size, check_cu_seqlens_cpu, check_no_gradients, under_autocast
-from .fused_chunk import fp32_precision, gradients, hopper_for, outputs, sweep_config, sweep_gates
-from .naive import naive_chunk_simple_gla
+from ._launch import empty, launcher, plan_for, recorded
+from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, use_descriptors
+from ._operators import Operators, goes_by_operator
+from ._triton import jit, tl, triton
+from ._validation import check_chunk_size, check_cu_seqlens_cpu
+from .fused_chunk import (
+    compute,
+    fp32_precision,
+    gradients,
+    hopper_for,
+    hopper_module,
+    in_place,
+    naive,
+    outputs,
+    sweep_config,
+    sweep_gates,
+)
 
 SCAN = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
@@ -274,7 +284,7 @@ def segment_tokens(
     The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
     128, 1.4 at D 64), and 1.3 times that where two programs share a multiprocessor.
     """
-    if device.type == 'cpu' or rows == 0:  # in the interpreter there is nothing to fill
+    if not exists(device) or rows == 0:  # in the interpreter there is nothing to fill
         return None
     # the fp32 states before packed sequences would take more than a quarter of the memory of k
     if sequences is not None and sequences * V * 8 > T:
@@ -319,15 +329,25 @@ def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, hopper, scale, 
 def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, needs, scale, precision, segment):
     dstate = dht
     if segment is not None:
+        if c is None:
+            c = sweep_gates(q, v, g, cu_seqlens)
         dstate = boundary_states(q, do, c, dht, scale, cu_seqlens, precision, segment, reverse=True)
     return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
 
 
+def tokens_to_a_segment(q, v, cu_seqlens) -> int | None:
+    """None where sequences stay in one piece. It follows from shapes alone, and not from layouts: the operator of the backward, which may
+    be given its tensors in others, has to find what that of the forward found.
+    """
+    B, T, _, K = q.shape
+    H, V = v.shape[2:]
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return segment_tokens(B, T, H, K, V, q.dtype, q.device, hopper_module(K, V, q.dtype, q.device) is not None, sequences)
+
+
 def choices(q, k, v, cu_seqlens):
     """The module of the sweeps for Hopper, if it takes these, and the tokens to a segment."""
-    hopper = hopper_for(q, k, v)
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return hopper, segment_tokens(*q.shape[:2], v.shape[2], q.shape[3], v.shape[3], q.dtype, q.device, hopper is not None, sequences)
+    return hopper_for(q, k, v), tokens_to_a_segment(q, v, cu_seqlens)
 
 
 def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
@@ -338,25 +358,64 @@ def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, ind
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
 
 
+def backward(q, k, v, g, c, do, h0, state, dht, cu_seqlens, needs, scale, precision, segment):
+    do = torch.zeros_like(v) if do is None else rows_in_place(do)
+    tensors = q, k, v, g, c, do, h0, state, dht, cu_seqlens
+    dq, dk, dv, dg, dh0 = backward_pass(tensors, needs, scale, precision, segment)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+
+
 class Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         o, final_state, c, state, precision, segment = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, c, initial_state, state, cu_seqlens)
-        ctx.scale, ctx.precision, ctx.segment = plan.scale, precision, segment
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, None if segment is None else state)
+        # c is small, and no saved tensor: the operator has none either
+        ctx.c, ctx.scale, ctx.precision, ctx.segment = c, plan.scale, precision, segment
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dht):
-        q, k, v, g, c, h0, state, cu_seqlens = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else rows_in_place(do)
+        q, k, v, g, h0, cu_seqlens, state = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        tensors = q, k, v, g, c, do, h0, state, dht, cu_seqlens
-        dq, dk, dv, dg, dh0 = backward_pass(tensors, needs, ctx.scale, ctx.precision, ctx.segment)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
+        if goes_by_operator(do, dht):
+            dq, dk, dv, dg, dh0 = operators.gradients(q, k, v, g, h0, cu_seqlens, state, do, dht, ctx.scale, False, needs)
+        else:
+            state = h0 if ctx.segment is None else state
+            dq, dk, dv, dg, dh0 = backward(
+                q, k, v, g, ctx.c, do, h0, state, dht, cu_seqlens, needs, ctx.scale, ctx.precision, ctx.segment,
+            )
+        return dq, dk, dv, dg, None, dh0, None, None
+
+
+def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, _):
+    q, k, v = map(rows_in_place, (q, k, v))
+    plan = plan_for(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    o, final_state, _, state, _, segment = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
+    return o, final_state, None if segment is None else state
+
+
+def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, state, do, dht, scale, _, needs):
+    q, k, v = map(rows_in_place, (q, k, v))
+    segment = tokens_to_a_segment(q, v, cu_seqlens)
+    state = initial_state if segment is None else state
+    return backward(q, k, v, g, None, do, initial_state, state, dht, cu_seqlens, tuple(needs), scale, fp32_precision(q.dtype), segment)
+
+
+def count_states(q, v, cu_seqlens) -> int | None:
+    """How many states the operator of the forward leaves."""
+    sizes = *q.shape, *v.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
+    segment = tokens_to_a_segment(q, v, cu_seqlens)
+    return 0 if segment is None else count_slots(*q.shape[:2], segment, cu_seqlens)
+
+
+operators = Operators(
+    'chunk', forward_of_operator, backward_of_operator, naive, functools.partial(in_place, forward), count_states=count_states,
+)
 
 
 def chunk_simple_gla(
@@ -432,27 +491,9 @@ def chunk_simple_gla(
         >>> states.shape
         torch.Size([2, 4, 64, 64])
     """
-    q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
     check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
     check_chunk_size(chunk_size)
-    if state_indices is not None:
-        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
-    h0 = transposed(initial_state, state_v_first)
-    if runs_kernels(q):
-        if g_gamma is not None:
-            g = g_gamma.expand(v.shape[:3])
-        with torch.cuda.device_of(q):
-            if state_indices is None:
-                o, ht = Chunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
-            else:
-                o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
-    else:
-        naive = functools.partial(
-            naive_chunk_simple_gla, q, k, v, g, chunk_size=chunk_size or 64, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens,
-        )
-        if state_indices is None:
-            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
-        else:
-            o = in_pool(naive, h0, state_indices, cu_seqlens)
-    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)
+    return compute(
+        Chunk, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first, state_indices,
+        chunk_size or 64,
+    )

@@ -34,8 +34,9 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
-from ._launch import empty, launcher, once_differentiable, plan_for, recorded
+from ._launch import empty, launcher, plan_for, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
+from ._operators import Operators, apply, goes_by_operator, way_of
 from ._pool import in_pool
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_no_gradients, under_autocast
@@ -349,18 +350,26 @@ def hopper_sweeps(device: torch.device):
     return _hopper
 
 
-def hopper_for(*tensors: torch.Tensor):
-    """The module of the sweeps for Hopper if they take these tensors."""
-    module = hopper_sweeps(tensors[0].device)
-    if module is None or not module.takes(*tensors):
+def hopper_module(K: int, V: int, dtype: torch.dtype, device: torch.device):
+    """The module of the sweeps for Hopper for such states, if there is one."""
+    module = hopper_sweeps(device)
+    if module is None or dtype.itemsize != 2 or K % 8 or V % 8 or max(K, V) > 256:
         return None
-    if max(x.shape[-1] for x in tensors) <= 128:
+    if max(K, V) <= 128:
         return module
     # the ptxas of 3.9 puts a wait behind every product of the wide ones (C7512)
     if triton.__version__.startswith('3.9'):
         return None
     from . import _hopper_wide
     return _hopper_wide
+
+
+def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor):
+    """The module of the sweeps for Hopper if they take these tensors."""
+    module = hopper_module(q.shape[-1], v.shape[-1], q.dtype, q.device)
+    if module is None or not hopper_sweeps(q.device).takes(q, k, v, *others):
+        return None
+    return module
 
 
 def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None, pool=None, indices=None):
@@ -454,24 +463,89 @@ def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, ind
     return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan), precision
 
 
+def backward(q, k, v, g, c, do, h0, dht, cu_seqlens, needs, scale, precision):
+    do = torch.zeros_like(v) if do is None else rows_in_place(do)
+    dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, c, do, h0, dht, cu_seqlens), needs, scale, precision)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+
+
 class FusedChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
         o, final_state, c, precision = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, c, initial_state, cu_seqlens)
-        ctx.scale, ctx.precision = plan.scale, precision
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
+        # c is small, and no saved tensor: the operator has none either
+        ctx.c, ctx.scale, ctx.precision = c, plan.scale, precision
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dht):
-        q, k, v, g, c, h0, cu_seqlens = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else rows_in_place(do)
+        q, k, v, g, h0, cu_seqlens = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, c, do, h0, dht, cu_seqlens), needs, ctx.scale, ctx.precision)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None
+        if goes_by_operator(do, dht):
+            dq, dk, dv, dg, dh0 = operators.gradients(q, k, v, g, h0, cu_seqlens, None, do, dht, ctx.scale, False, needs)
+        else:
+            dq, dk, dv, dg, dh0 = backward(q, k, v, g, ctx.c, do, h0, dht, cu_seqlens, needs, ctx.scale, ctx.precision)
+        return dq, dk, dv, dg, None, dh0, None, None
+
+
+def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, _):
+    q, k, v = map(rows_in_place, (q, k, v))
+    plan = plan_for(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    o, final_state, *_ = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
+    return o, final_state, None
+
+
+def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, _, do, dht, scale, reverse, needs):
+    q, k, v = map(rows_in_place, (q, k, v))
+    return backward(q, k, v, g, None, do, initial_state, dht, cu_seqlens, tuple(needs), scale, fp32_precision(q.dtype))
+
+
+def in_place(forward, q, k, v, g, pool, cu_seqlens, indices, _, scale, output, reverse, state_v_first, plan=None):
+    """`o`, and None; the pool gets the final states. `forward` is that of a mode."""
+    plan = plan or plan_for(q, k, v, g, None, scale, pool, cu_seqlens, state_v_first, indices)
+    pool = transposed(pool, state_v_first)
+    if runs_kernels(q):
+        o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, pool, True, cu_seqlens, indices)
+        torch.autograd.graph.increment_version(pool)
+    else:
+        o = in_pool(functools.partial(naive_chunk_simple_gla, q, k, v, g, scale=scale, cu_seqlens=cu_seqlens), pool, indices, cu_seqlens)
+    return o, None
+
+
+def naive(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse=False, chunk_size=64):
+    return naive_chunk_simple_gla(q, k, v, g, initial_state, output_final_state, chunk_size, scale, cu_seqlens=cu_seqlens)
+
+
+operators = Operators('fused_chunk', forward_of_operator, backward_of_operator, naive, functools.partial(in_place, forward))
+
+
+def compute(
+    function, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first, state_indices,
+    chunk_size=64,
+):
+    """A call of a mode, by the way that its tensors ask for."""
+    q, k, v = under_autocast(q, k, v)
+    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
+    way = way_of(plan, q, k, v, g, g_gamma, initial_state)
+    if state_indices is not None:
+        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
+    if g_gamma is not None:
+        g = g_gamma.expand(v.shape[:3])
+    if state_indices is not None:
+        arguments = q, k, v, g, initial_state, cu_seqlens, state_indices, None, plan.scale, True, False, state_v_first
+        o, _ = operators.write(*arguments) if way == 'operators' else in_place(forward, *arguments, plan)
+        return o, initial_state
+    h0 = transposed(initial_state, state_v_first)
+    if way == 'kernels':
+        o, ht = apply(function, plan, q, k, v, g, plan, h0, output_final_state, cu_seqlens)
+    elif way == 'operators':
+        o, ht = operators(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state)
+    else:
+        o, ht = naive(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, chunk_size=chunk_size)
+    return o, transposed(ht, state_v_first)
 
 
 def fp32_precision(dtype: torch.dtype) -> str | None:
@@ -551,23 +625,7 @@ def fused_chunk_simple_gla(
         >>> states.shape
         torch.Size([2, 4, 64, 64])
     """
-    q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
-    if state_indices is not None:
-        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
-    h0 = transposed(initial_state, state_v_first)
-    if runs_kernels(q):
-        if g_gamma is not None:
-            g = g_gamma.expand(v.shape[:3])
-        with torch.cuda.device_of(q):
-            if state_indices is None:
-                o, ht = FusedChunk.apply(q, k, v, g, plan, h0, output_final_state, cu_seqlens)
-            else:
-                o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, h0, True, cu_seqlens, state_indices)
-    else:
-        naive = functools.partial(naive_chunk_simple_gla, q, k, v, g, scale=plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
-        if state_indices is None:
-            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
-        else:
-            o = in_pool(naive, h0, state_indices, cu_seqlens)
-    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)
+    return compute(
+        FusedChunk, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first,
+        state_indices,
+    )

@@ -30,8 +30,9 @@ import torch
 
 from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
-from ._launch import empty, launcher, once_differentiable, plan_for, recorded
+from ._launch import empty, launcher, plan_for, recorded
 from ._layout import rows_in_place, sum_heads, transposed
+from ._operators import Operators, apply, goes_by_operator, way_of
 from ._pool import in_pool
 from ._triton import jit, runs_kernels, tl, triton
 from ._validation import check_no_gradients, under_autocast
@@ -295,6 +296,36 @@ def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, 
     return o, final_state
 
 
+@recorded
+def backward_pass(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, scale, reverse):
+    """dq and dk for each head of v, dv, dg `[NV, B, H, T]`, to be added up, and dh0, each if it is needed."""
+    need_q, need_k, need_v, need_g, need_h0 = needs
+    run = functools.partial(run_recurrence, g=g, scale=scale, cu_seqlens=cu_seqlens, reverse=reverse)
+
+    w = anchors = None
+    dq = dk = dv = dg = dh0 = None
+    if need_g:
+        B, T, H, V = v.shape
+        anchors = empty(q, count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
+    if need_q or need_g:
+        dq, w = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
+    if need_k or need_g:
+        dk, dg = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, w=w, anchors=anchors, adjoint=True)
+    if need_h0:
+        dh0 = empty(initial_state, *initial_state.shape)
+    if need_v or need_h0:
+        dv, _ = run(k, q, do, state_in=dht, state_out=dh0, adjoint=True)
+    return dq, dk, dv, dg, dh0
+
+
+def backward(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, scale, reverse):
+    do = torch.zeros_like(v) if do is None else rows_in_place(do)
+    dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, do, initial_state, dht, cu_seqlens), needs, scale, reverse)
+    if dg is not None:
+        dg = dg.sum(0).transpose(1, 2).to(g.dtype)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+
+
 class FusedRecurrent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, reverse, cu_seqlens):
@@ -307,29 +338,52 @@ class FusedRecurrent(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dht):
         q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
-        need_q, need_k, need_v, need_g, _, need_h0, *_ = ctx.needs_input_grad
-        do = torch.zeros_like(v) if do is None else rows_in_place(do)
-        run = functools.partial(run_recurrence, g=g, scale=ctx.scale, cu_seqlens=cu_seqlens, reverse=ctx.reverse)
+        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
+        if goes_by_operator(do, dht):
+            dq, dk, dv, dg, dh0 = operators.gradients(
+                q, k, v, g, initial_state, cu_seqlens, None, do, dht, ctx.scale, ctx.reverse, needs,
+            )
+        else:
+            dq, dk, dv, dg, dh0 = backward(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, ctx.scale, ctx.reverse)
+        return dq, dk, dv, dg, None, dh0, None, None, None
 
-        w = anchors = None
-        dq = dk = dv = dg = dh0 = None
-        if need_g:
-            B, T, H, V = v.shape
-            anchors = q.new_empty(count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
-        if need_q or need_g:
-            dq, w = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
-        if need_k or need_g:
-            dk, dg = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, w=w, anchors=anchors, adjoint=True)
-        if need_g:
-            dg = dg.sum(0).transpose(1, 2).to(g.dtype)
-        if need_h0:
-            dh0 = torch.empty_like(initial_state)
-        if need_v or need_h0:
-            dv, _ = run(k, q, do, state_in=dht, state_out=dh0, adjoint=True)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, dh0, None, None, None
+
+def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse):
+    tensors = *map(rows_in_place, (q, k, v)), g, initial_state, cu_seqlens, None, None
+    return *forward_pass(tensors, scale, output_final_state, reverse), None
+
+
+def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, _, do, dht, scale, reverse, needs):
+    return backward(*map(rows_in_place, (q, k, v)), g, do, initial_state, dht, cu_seqlens, tuple(needs), scale, reverse)
+
+
+def in_place(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse, state_v_first, plan=None):
+    """`o`, and the final state or None. With indices initial_state is a pool, and gets the final states; states, if they are given, get
+    that behind every token.
+    """
+    h0, states = transposed(initial_state, state_v_first), transposed(states, state_v_first)
+    if runs_kernels(q):
+        tensors = *map(rows_in_place, (q, k, v)), g, h0, cu_seqlens, indices, states
+        results = forward_pass(tensors, scale, output_final_state, reverse, plan=plan)
+        for written in (h0 if indices is not None else None, states):
+            if written is not None:
+                torch.autograd.graph.increment_version(written)
+        return results
+    run = functools.partial(naive, q, k, v, g, cu_seqlens=cu_seqlens, scale=scale, reverse=reverse, states=states)
+    if indices is None:
+        return run(initial_state=h0, output_final_state=output_final_state)
+    return in_pool(run, h0, indices, cu_seqlens, states), None
+
+
+def naive(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse, states=None):
+    return naive_recurrent_simple_gla(
+        q, k, v, g, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, reverse=reverse, intermediate_states_buffer=states,
+    )
+
+
+operators = Operators('fused_recurrent', forward_of_operator, backward_of_operator, naive, in_place)
 
 
 def fused_recurrent_simple_gla(
@@ -406,34 +460,33 @@ def fused_recurrent_simple_gla(
     if transpose_state_layout is not None:
         if state_v_first:
             raise ValueError('state_v_first and its deprecated name transpose_state_layout are both given: pass state_v_first')
-        warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
+        if not torch.compiler.is_compiling():
+            warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     q, k, v = under_autocast(q, k, v)
     plan = plan_for(
         q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices, intermediate_states_buffer,
     )
-    in_place = state_indices is not None or intermediate_states_buffer is not None
-    if in_place:
+    way = way_of(plan, q, k, v, g, g_gamma, initial_state)
+    writes = state_indices is not None or intermediate_states_buffer is not None
+    if writes:
         check_no_gradients(
             q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state, intermediate_states_buffer=intermediate_states_buffer,
         )
-    h0, states = transposed(initial_state, state_v_first), transposed(intermediate_states_buffer, state_v_first)
-    if runs_kernels(q):
-        if g_gamma is not None:
-            g = g_gamma.expand(v.shape[:3])
-        with torch.cuda.device_of(q):
-            if in_place:
-                tensors = *map(rows_in_place, (q, k, v)), g, h0, cu_seqlens, state_indices, states
-                o, ht = forward_pass(tensors, plan.scale, output_final_state, reverse, plan=plan)
-            else:
-                o, ht = FusedRecurrent.apply(q, k, v, g, plan, h0, output_final_state, reverse, cu_seqlens)
+    if g_gamma is not None:
+        g = g_gamma.expand(v.shape[:3])
+    if writes:
+        tensors = q, k, v, g, initial_state, cu_seqlens, state_indices, intermediate_states_buffer
+        options = plan.scale, output_final_state, reverse, state_v_first
+        o, ht = operators.write(*tensors, *options) if way == 'operators' else in_place(*tensors, *options, plan)
+        if state_indices is not None:
+            return o, initial_state
+        return o, transposed(ht, state_v_first) if output_final_state else None
+    h0 = transposed(initial_state, state_v_first)
+    if way == 'kernels':
+        o, ht = apply(FusedRecurrent, plan, q, k, v, g, plan, h0, output_final_state, reverse, cu_seqlens)
+    elif way == 'operators':
+        o, ht = operators(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, reverse)
     else:
-        naive = functools.partial(
-            naive_recurrent_simple_gla, q, k, v, g, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens, reverse=reverse,
-            intermediate_states_buffer=states,
-        )
-        if state_indices is None:
-            o, ht = naive(initial_state=h0, output_final_state=output_final_state)
-        else:
-            o = in_pool(naive, h0, state_indices, cu_seqlens, states)
-    return o, initial_state if state_indices is not None else transposed(ht, state_v_first)
+        o, ht = naive(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, reverse)
+    return o, transposed(ht, state_v_first)

@@ -34,9 +34,10 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import empty, launcher, once_differentiable, plan_for, recorded, zeros
+from ._launch import empty, launcher, plan_for, recorded, zeros
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
-from ._triton import jit, runs_kernels, tl, triton
+from ._operators import Operators, apply, goes_by_operator, way_of
+from ._triton import jit, tl, triton
 from ._validation import check_cu_seqlens_cpu, under_autocast
 from .fused_chunk import fp32_precision
 from .fused_chunk import hopper_for as sweeps_for
@@ -507,13 +508,18 @@ def hopper_for(q, k, v):
     return _hopper_parallel
 
 
+def sums_of_gates(q, v, g, cu_seqlens, hopper, scale):
+    """The sums of the gates inside blocks, and what `block_sums` returns of them."""
+    BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+    c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+    return c, *block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
+
+
 @recorded
 def forward_pass(q, k, v, g, cu_seqlens, hopper, scale, output_attentions, precision):
-    BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
     c = sums = ranges = attention = None
     if g is not None:
-        c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
-        sums, ranges = block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
+        c, sums, ranges = sums_of_gates(q, v, g, cu_seqlens, hopper, scale)
     if hopper:
         o, *_ = hopper.walk(q, k, v, c, sums, ranges, scale, cu_seqlens)
     else:
@@ -525,6 +531,8 @@ def forward_pass(q, k, v, g, cu_seqlens, hopper, scale, output_attentions, preci
 def backward_pass(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, scale, precision):
     """dq and dk for each head of v, dv and dg, each if it is needed."""
     need_q, need_k, need_v, need_g = needs
+    if c is None and g is not None:
+        c, sums, ranges = sums_of_gates(q, v, g, cu_seqlens, hopper, scale)
     if hopper:
         forward = functools.partial(hopper.walk, c=c, sums=sums, ranges=ranges, scale=scale, cu_seqlens=cu_seqlens)
     else:
@@ -542,31 +550,68 @@ def backward_pass(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, sc
     return dq, dk, dv, dg
 
 
+def forward(q, k, v, g, plan, output_attentions, cu_seqlens):
+    """What `forward_pass` returns, how fp32 products were computed, and the module for Hopper or None; q, k and v have rows in place."""
+    precision = fp32_precision(q.dtype)
+    hopper = None if output_attentions else plan.once(hopper_for, q, k, v)
+    return *forward_pass((q, k, v, g, cu_seqlens), hopper, plan.scale, output_attentions, precision, plan=plan), precision, hopper
+
+
+def backward(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, scale, precision):
+    do = rows_in_place(do)
+    if hopper and not hopper_for(q, k, do):
+        # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
+        do = do.contiguous()
+    dq, dk, dv, dg = backward_pass((q, k, v, g, c, sums, ranges, do, cu_seqlens), needs, hopper, scale, precision)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg
+
+
 class Parallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, plan, output_attentions, cu_seqlens):
         q, k, v = map(rows_in_place, (q, k, v))
-        precision = fp32_precision(q.dtype)
-        hopper = None if output_attentions else plan.once(hopper_for, q, k, v)
-        tensors = q, k, v, g, cu_seqlens
-        o, attention, c, sums, ranges = forward_pass(tensors, hopper, plan.scale, output_attentions, precision, plan=plan)
-        ctx.save_for_backward(q, k, v, g, c, sums, ranges, cu_seqlens)
-        ctx.scale, ctx.precision, ctx.hopper = plan.scale, precision, hopper
+        o, attention, c, sums, ranges, precision, hopper = forward(q, k, v, g, plan, output_attentions, cu_seqlens)
+        ctx.save_for_backward(q, k, v, g, cu_seqlens)
+        # the sums of the gates are small, and no saved tensors: the operator has none either
+        ctx.gates, ctx.scale, ctx.precision, ctx.hopper = (c, sums, ranges), plan.scale, precision, hopper
         if attention is not None:
             ctx.mark_non_differentiable(attention)
         return o, attention
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, _):
-        q, k, v, g, c, sums, ranges, cu_seqlens = ctx.saved_tensors
-        do = rows_in_place(do)
-        if ctx.hopper and not hopper_for(q, k, do):
-            # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
-            do = do.contiguous()
-        tensors = q, k, v, g, c, sums, ranges, do, cu_seqlens
-        dq, dk, dv, dg = backward_pass(tensors, ctx.needs_input_grad[:4], ctx.hopper, ctx.scale, ctx.precision)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, dg, None, None, None
+        q, k, v, g, cu_seqlens = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if goes_by_operator(do):
+            gradients = operators.gradients(q, k, v, g, None, cu_seqlens, None, do, None, ctx.scale, False, (*needs, False))[:4]
+        else:
+            gradients = backward(q, k, v, g, *ctx.gates, do, cu_seqlens, needs, ctx.hopper, ctx.scale, ctx.precision)
+        return *gradients, None, None, None
+
+
+def forward_of_operator(q, k, v, g, _, cu_seqlens, scale, output_attentions, reverse):
+    q, k, v = map(rows_in_place, (q, k, v))
+    o, attention, *_ = forward(q, k, v, g, plan_for(q, k, v, g, None, scale, None, cu_seqlens), output_attentions, cu_seqlens)
+    return o, attention, None
+
+
+def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, states, do, _, scale, reverse, needs):
+    q, k, v = map(rows_in_place, (q, k, v))
+    precision, hopper = fp32_precision(q.dtype), hopper_for(q, k, v)
+    return *backward(q, k, v, g, None, None, None, do, cu_seqlens, tuple(needs[:4]), hopper, scale, precision), None
+
+
+def naive(q, k, v, g, _, cu_seqlens, scale, output_attentions, reverse=False):
+    o, attention = naive_parallel_simple_gla(q, k, v, g, scale, cu_seqlens=cu_seqlens)
+    return o, attention.detach().to(q.dtype) if output_attentions else None
+
+
+def map_like(q, v, cu_seqlens):
+    B, T = q.shape[:2]
+    return q.new_empty(B, v.shape[2], T, T)
+
+
+operators = Operators('parallel', forward_of_operator, backward_of_operator, naive, second_like=map_like)
 
 
 def parallel_simple_gla(
@@ -629,10 +674,12 @@ def parallel_simple_gla(
     check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
     if output_attentions and cu_seqlens is not None:
         raise ValueError('output_attentions is not available with cu_seqlens: the map would be zero between sequences')
-    if runs_kernels(q):
-        if g_gamma is not None:
-            g = g_gamma.expand(v.shape[:3])
-        with torch.cuda.device_of(q):
-            return Parallel.apply(q, k, v, g, plan, output_attentions, cu_seqlens)
-    o, attention = naive_parallel_simple_gla(q, k, v, g, plan.scale, g_gamma=g_gamma, cu_seqlens=cu_seqlens)
-    return o, attention.detach().to(q.dtype) if output_attentions else None
+    way = way_of(plan, q, k, v, g, g_gamma)
+    if g_gamma is not None:
+        g = g_gamma.expand(v.shape[:3])
+    if way == 'kernels':
+        return apply(Parallel, plan, q, k, v, g, plan, output_attentions, cu_seqlens)
+    if way == 'naive':
+        return naive(q, k, v, g, None, cu_seqlens, plan.scale, output_attentions)
+    o, attention = operators(q, k, v, g, None, cu_seqlens, plan.scale, output_attentions)
+    return o, None if attention is None else attention.detach()

@@ -1,5 +1,6 @@
 """What holds between runs: pieces and wholes, modes and modes, batches and their rows, the same call twice."""
 
+import ctypes
 import dataclasses
 import itertools
 import threading
@@ -40,7 +41,7 @@ from fla_simple_gla import (
 )
 from fla_simple_gla._gates import anchor_tokens, chunk_gates
 from fla_simple_gla._layout import is_hopper, rows_in_place
-from fla_simple_gla._triton import scratch, triton
+from fla_simple_gla._triton import triton
 from fla_simple_gla.fused_chunk import hopper_for, hopper_sweeps
 from fla_simple_gla.parallel import attention_config, block_sums
 from fla_simple_gla.parallel import hopper_for as walks_for
@@ -241,7 +242,7 @@ def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
 
 
 @pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
-@pytest.mark.parametrize('mode', CHUNKED)
+@pytest.mark.parametrize('mode', MODES)
 def test_recorded_passes(mode, monkeypatch):
     """The bits of passes that are replayed are those of passes whose launches triton sees in full, whatever came before."""
     layouts = [dict(layout=layout) for layout in ('contiguous', 'wide', 'odd', 'heads_first', 'qkv')]
@@ -265,7 +266,7 @@ def test_recorded_passes(mode, monkeypatch):
 
 @pytest.mark.skipif(not GPU, reason='threads that have not used a GPU')
 @pytest.mark.parametrize('direct', [True, False])
-@pytest.mark.parametrize('mode', CHUNKED)
+@pytest.mark.parametrize('mode', MODES)
 def test_thread_without_a_context(mode, direct, monkeypatch):
     """The first use of a GPU by a thread, to which PyTorch hands memory that is there already."""
     monkeypatch.setattr(_launch, 'DIRECT', direct and _launch.DIRECT)
@@ -284,48 +285,63 @@ def test_thread_without_a_context(mode, direct, monkeypatch):
     assert len(results) == 2 and torch.equal(*results)
 
 
-@pytest.mark.parametrize('form', ['3.6', '3.7', 'scratch'])
-def test_what_a_recorded_pass_replays(form, monkeypatch):
+@pytest.mark.parametrize('scratch', [0, 50])
+def test_what_a_recorded_pass_replays(scratch, monkeypatch):
     """Without a GPU: which addresses its launches get, what it allocates and returns, and what it frees."""
-    made, seen, scratches, allocators = [], [], [], []
+    made, seen, scratches = [], [], []
+    monkeypatch.setattr(_launch, 'triton', mock.MagicMock())
 
     class Compiled:
-        metadata, packed_metadata, function = None, 'metadata', 'function'
+        """What triton compiles: the signature has no more than the arguments that are not constant."""
+
+        def __init__(self, args):
+            kinds = ['constexpr' if x is None else '*fp32' for x in args[:3]] + ['i32', 'fp32', 'i64', 'constexpr']
+            self.src = SimpleNamespace(signature=dict(enumerate(kinds)))
+            launch = dict(num_warps=4, num_ctas=1, shared=1000, launch_cooperative_grid=False, launch_pdl=False)
+            self.metadata = SimpleNamespace(**launch, global_scratch_size=scratch, profile_scratch_size=0, tensordesc_meta=None)
+            # a number for the driver
+            self.function, self.name = kinds.count('*fp32'), 'kernel'
+
+    class Kernel:
+        arg_names = ('x', 'y', 'z', 'a', 'b', 'c', 'last')
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: self
+            return lambda *args, **constants: Compiled(args)
 
-    class Run:
-        """As triton's, in the form of some version: what the kernel gets goes through `__call__` to `launch`."""
+    class Driver:
+        sizes = [8, 8, 8, 4, 4, 8, 8, 8]
 
-        global_scratch_size, num_ctas = 50 * (form == 'scratch'), 2
+        def launch(self, config, function, parameters, extra):
+            config = _launch.Config.from_address(config)
+            assert ([*config.grid], [*config.block], config.shared_memory) == ([1, 3, 1], [128, 1, 1], 1000)
+            assert (config.stream, config.attributes, config.count, extra) == (7, None, 0, None)
+            places = (ctypes.c_void_p * (function + 5)).from_address(parameters)
+            kinds = [ctypes.c_uint64] * function + [ctypes.c_int32, ctypes.c_float, ctypes.c_int64] + [ctypes.c_uint64] * 2
+            *pointers, a, b, c, memory, profile = (kind.from_address(place).value for kind, place in zip(kinds, places, strict=True))
+            assert (a, b, c, profile) == (-5, 0.5, 2**40, 0)
+            seen.append(pointers)
+            scratches.append(memory)
+            return 0
 
-        def __call__(self, gridX, gridY, gridZ, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
-            memory = allocators[-1](300, 128, stream) if form == 'scratch' else None
-            self.launch(gridX, gridY, gridZ, stream, function, False, memory, metadata, *([args] if form == '3.7' else args))
+        def info(self, function, i, offset, size):
+            sizes = self.sizes[3 - function :]
+            if i >= len(sizes):
+                return 1
+            size._obj.value = sizes[i]
+            return 0
 
-        def launch(self, *args):
-            assert (*args[:6], args[7]) == (1, 3, 1, 7, 'function', False, 'metadata')
-            scratches.append(args[6])
-            (args,) = args[8:] if form == '3.7' else (args[8:],)
-            assert len(args) == 4 and args[3] == 'last'
-            seen.append([x for x in args if isinstance(x, int)])
-
-    Compiled.run = Run()
-    kernel = Compiled()
-    kernel.arg_names = ('x', 'y', 'z', 'last')
-    active = SimpleNamespace(get_current_stream=lambda device: 7)
-    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
-    compiler = SimpleNamespace(CompiledKernel=Compiled)
-    fake = SimpleNamespace(compiler=compiler, runtime=runtime, set_allocator=allocators.append)
-    monkeypatch.setattr(_launch, 'triton', fake)
+    driver = Driver()
+    monkeypatch.setattr(_launch, 'cuda_driver', lambda: (driver.launch, driver.info))
+    _launch.triton.compiler.CompiledKernel = Compiled
+    _launch.triton.runtime.driver.active.get_current_stream = lambda device: 7
+    kernel = Kernel()
     monkeypatch.setattr(_launch, 'observed', lambda: False)
     monkeypatch.setattr(_launch, 'compile_all', lambda launches, device: None)
     monkeypatch.setattr(_launch, 'DIRECT', True)
 
     @_launch.launcher
     def launch(x, y, z, number):
-        return kernel, (1, 3, 1), (x, y, z), {'last': 'last'}
+        return kernel, (1, 3, 1), (x, y, z, -5, 0.5, 2**40), {'last': 'last'}
 
     @_launch.recorded
     def a_pass(x, y, absent, number):
@@ -381,7 +397,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
     monkeypatch.setattr(torch.Tensor, 'new_zeros', watched_zeros)
     call(x, y, number=3)
-    assert len(between) == (4 if form == 'scratch' else 1)
+    assert len(between) == (4 if scratch else 1)
 
     # small ones share an allocation, and results are made like what is given where they are
     monkeypatch.setattr(_launch, 'SMALL', 4 * 100)
@@ -409,8 +425,7 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
     (a, b, c), (large, last, zeros) = seen
     assert (b - a, c - b) == (256, 512) and last == result.data_ptr()
     assert len(cleared) == 2 and zeros == cleared[1].data_ptr()
-    assert allocators[-1:] == [scratch] * (form == 'scratch')
-    assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1792] if form == 'scratch' else [None, None])
+    assert [memory and memory - a for memory in scratches[-2:]] == ([1280, 1536] if scratch else [0, 0])
     assert (result.shape, other.shape) == ((4,), (5,)) and sizes == [[4, 5], [5]]
 
     # a plan stands for the layouts, if it is kept
@@ -436,7 +451,29 @@ def test_what_a_recorded_pass_replays(form, monkeypatch):
 
     for _ in range(2):
         another((x,))
-    assert made[-4:] == ['another'] * 4, 'a pass with a tensor of unknown origin was replayed'
+    assert made[-3:] == ['another'] * 3, 'a pass with a tensor of unknown origin was replayed'
+
+    # nor is a kernel called that takes other parameters than are known
+    driver.sizes = driver.sizes[:-1]
+
+    @_launch.recorded
+    def misunderstood(x):
+        launch((x, None, None), 0)
+        made.append('misunderstood')
+        return (x,)
+
+    seen.clear()
+    for _ in range(2):
+        misunderstood((x,))
+    # rehearsed and tried once, and then only run
+    assert made[-3:] == ['misunderstood'] * 3 and made[-4] != 'misunderstood' and not seen
+
+    # nor anything by a driver that cannot tell
+    monkeypatch.setattr(_launch, 'cuda_driver', lambda: None)
+    made.clear()
+    for _ in range(2):
+        call(x, y)
+    assert made == ['cpu'] * 2 and not seen
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -568,6 +605,7 @@ def test_how_many_segments(monkeypatch):
     from fla_simple_gla import chunk, fused_chunk
 
     monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
+    monkeypatch.setattr(chunk, 'exists', lambda device: True)
     monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
 
     def segments(B, T, H, D, sequences=None, specialized=False):
@@ -731,9 +769,13 @@ def test_second_derivatives_are_refused(mode):
     case = Case(8)
     q, k, v, g = (x.requires_grad_() for x in tensors(make_inputs(case)))
     o, _ = MODES[mode](q, k, v, g)
+    expected = torch.autograd.grad(o.square().sum(), q, retain_graph=True)
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        dq.sum().backward()
+    assert torch.equal(dq, *expected)
+    # a penalty on a gradient, too, where there are first derivatives beside it
+    for loss in (dq.sum(), o.sum() + dq.square().sum()):
+        with pytest.raises(RuntimeError, match=r'_backward.* no autograd formula'):
+            torch.autograd.grad(loss, q, retain_graph=True)
 
 
 @pytest.mark.parametrize('mode', MODES)
