@@ -1,8 +1,10 @@
 """Calls that a CUDA graph replays, with other contents in the same tensors."""
 
+import dataclasses
+
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, Case, make_inputs, rms_error
+from harness import DEVICE, GPU, MODES, Case, make_inputs, reference, rms_error
 
 from fla_simple_gla import naive_recurrent_simple_gla
 
@@ -77,6 +79,98 @@ def test_no_call_waits_for_the_gpu(mode, case):
     if mode == 'fused_recurrent':  # nothing but its output
         assert after['allocation.all.allocated'] - before['allocation.all.allocated'] == 1
         assert after['requested_bytes.all.allocated'] - before['requested_bytes.all.allocated'] == o.nbytes
+
+
+TRAINING = [
+    *((mode, Case(200, B=2, H=4, HK=2, K=64, V=64, dtype=torch.bfloat16)) for mode in MODES),
+    *((mode, Case(500, cu_seqlens=(0, 200, 200, 417, 480), K=64, V=64, dtype=torch.bfloat16)) for mode in MODES),
+    ('chunk', Case(5000, K=256, V=128, dtype=torch.bfloat16)), ('chunk', Case(300, K=24, V=40, gate='gamma')),
+]  # fmt: skip
+# of packed sequences: as many numbers, up to as many tokens
+BOUNDS = [(0, 1, 2, 3, 500), (0, 0, 0, 0, 0), (0, 64, 300, 301, 411)]
+
+
+def train(mode, case, tensors):
+    """o and the final state, and all gradients."""
+    leaves = [tensors[name] for name in ('q', 'k', 'v', 'g', 'g_gamma', 'initial_state') if name in tensors]
+    options = {'output_final_state': True} if case.output_final_state else {}
+    named = {name: x for name, x in tensors.items() if name not in ('do', 'dht')}
+    o, ht = MODES[mode](**named, **options)
+    outputs, seeds = ([o], [tensors['do']]) if ht is None else ([o, ht], [tensors['do'], tensors['dht']])
+    return [*outputs, *torch.autograd.grad(outputs, leaves, seeds)]
+
+
+def training_inputs(case):
+    tensors = {name: x for name, x in make_inputs(case).items() if x is not None}
+    if case.cu_seqlens is not None:
+        tensors['cu_seqlens'] = torch.tensor(case.cu_seqlens, device=DEVICE)
+    for name, x in tensors.items():
+        if name not in ('do', 'dht', 'cu_seqlens'):
+            x.requires_grad_()
+    return tensors
+
+
+def change(n, case, tensors):
+    with torch.no_grad():
+        for name in ('q', 'v', 'do'):
+            tensors[name].mul_(1 + n / 4)
+        if case.cu_seqlens is not None:
+            tensors['cu_seqlens'].copy_(torch.tensor(BOUNDS[n]))
+
+
+@pytest.mark.parametrize('mode, case', [pytest.param(mode, case.of(mode), id=f'{mode}-{case}') for mode, case in TRAINING])
+def test_training_step(mode, case):
+    """Forward and backward of other contents, packed sequences of other lengths among them, give the bits of eager calls."""
+    tensors = training_inputs(case)
+    train(mode, case, tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = train(mode, case, tensors)
+    for n in range(len(BOUNDS)):
+        change(n, case, tensors)
+        expected = [x.detach().clone() for x in train(mode, case, tensors)]
+        for x in results:
+            x.detach().fill_(float('nan'))
+        graph.replay()
+        for a, b in zip(results, expected):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_first_call_in_a_capture(mode):
+    """Kernels are compiled, loaded and recorded there, and launched when the graph is."""
+    K = 72 + 8 * list(MODES).index(mode)  # dims that no other test of the mode has
+    case = Case(300, H=2, K=K, V=104, dtype=torch.bfloat16).of(mode)
+    tensors = training_inputs(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = train(mode, case, tensors)
+    graph.replay()
+    for a, b in zip(results, train(mode, case, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_graphed_callable(mode):
+    """A module whose forward and backward PyTorch has captured, against naive."""
+    case = Case(200, H=2, K=64, V=64, initial_state=False, output_final_state=False)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, g):
+            return MODES[mode](q, k, v, g)[0]
+
+    def leaves(seed):
+        inputs = make_inputs(dataclasses.replace(case, seed=seed))
+        return inputs, [inputs[name].requires_grad_() for name in ('q', 'k', 'v', 'g')]
+
+    layer = torch.cuda.make_graphed_callables(Layer(), tuple(leaves(0)[1]))
+    for seed in (1, 2):
+        inputs, tensors = leaves(seed)
+        o = layer(*tensors)
+        found = [o.detach().clone(), *torch.autograd.grad(o, tensors, inputs['do'])]
+        expected = reference(case, inputs)
+        for name, x in zip(('o', 'dq', 'dk', 'dv', 'dg'), found):
+            assert rms_error(x, expected[name]) <= 1e-5, name
 
 
 def test_a_hundred_thousand_steps():
