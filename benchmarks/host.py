@@ -1,0 +1,80 @@
+"""Time that a call keeps the host: one row for an implementation.
+
+    python benchmarks/host.py [--shape B T H D] [--calls N] [--fla]
+
+The mean over many calls, in microseconds, enqueued while the GPU is kept busy by a long kernel before them; 50 at a time, because the
+driver holds up the host when some thousand launches wait. The inputs are those of `run.py`, which has the time of the GPU too. The columns:
+
+- forward: ready for a backward.
+- both: forward and backward, by `torch.autograd.grad`.
+- one thread: the same under `torch.autograd.set_multithreading_enabled(False)`, which keeps the backward in the caller's thread. Otherwise
+  PyTorch hands it to a thread of its own and waits for it.
+
+The first row is what PyTorch takes for itself: an autograd.Function of as many inputs that computes nothing. Such times differ by a factor
+of two from machine to machine, and from one moment to the next on a machine that others use: compare rows of one run.
+"""
+
+import argparse
+import statistics
+import time
+
+import run
+import torch
+
+SHAPE = (8, 1024, 8, 64)
+AT_ONCE = 50
+WIDTHS = (24, 9, 9, 12)
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g):
+        ctx.save_for_backward(q, k, v, g)
+        return v.detach(), None
+
+    @staticmethod
+    def backward(ctx, do, _):
+        return ctx.saved_tensors
+
+
+def mean_time(fn, calls: int) -> float:
+    """Microseconds of a call on the host."""
+    fn()
+    times = []
+    for _ in range(max(1, calls // AT_ONCE)):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**8)  # cycles, some 50 ms
+        start = time.perf_counter()
+        for _ in range(AT_ONCE):
+            fn()
+        times.append((time.perf_counter() - start) / AT_ONCE)
+    torch.cuda.synchronize()
+    return statistics.mean(times) * 1e6
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shape', type=int, nargs=4, default=SHAPE, metavar=('B', 'T', 'H', 'D'), help='default: 8 1024 8 64')
+    parser.add_argument('--calls', type=int, default=1000, help='default: 1000')
+    parser.add_argument('--fla', action='store_true', help="fla-core's chunk and fused_chunk")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> None:
+    options = parse(arguments)
+    run.require_gpu()
+    run.print_machine(run.copy_bandwidth())
+    leaves, do = run.inputs(*options.shape)
+    print(f'{run.label(options.shape)}, microseconds on the host, means of {options.calls} calls')
+    print('| ' + ' | '.join(f'{x:<{w}}' for x, w in zip(('implementation', 'forward', 'both', 'one thread'), WIDTHS)) + ' |')
+    rows = [('nothing', Nothing.apply), *((x.name, x.fn) for x in run.ours() + (run.fla() if options.fla else []))]
+    for name, fn in rows:
+        forward, both = run.calls(fn, leaves, do)
+        times = [mean_time(call, options.calls) for call in (forward, both)]
+        with torch.autograd.set_multithreading_enabled(False):
+            times.append(mean_time(both, options.calls))
+        print('| ' + ' | '.join([f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}.1f}' for x, w in zip(times, WIDTHS[1:]))]) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
