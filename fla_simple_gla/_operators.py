@@ -35,8 +35,8 @@ IN_PLACE = (
     'bool state_v_first) -> (Tensor o, Tensor final_state)'
 )
 
-# The number of those states depends on what is in these files and on this variable: an argument of the operators, so that PyTorch's caches
-# on disk tell a graph of others apart.
+# The number of those states depends on what is in these files and on this variable. It is an argument of the operators, so that PyTorch's
+# caches on disk tell a graph of other ones apart.
 SOURCES = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob('*.py')))).hexdigest()[:16]
 SOURCES += os.environ.get('FLA_SIMPLE_GLA_HOPPER', '')
 
@@ -58,7 +58,7 @@ def way_of(plan: Plan, *tensors: torch.Tensor | None) -> str:
 
 
 def apply(function: type[torch.autograd.Function], plan: Plan, *arguments):
-    """`function.apply`, without what PyTorch does there for the transforms that `way_of` refuses: a tenth of a call's time."""
+    """`function.apply`, without what PyTorch does there for the transforms that `way_of` refuses, at every call."""
     return (super(torch.autograd.Function, function) if plan.kept else function).apply(*arguments)
 
 
@@ -160,7 +160,7 @@ class Operators:
         return *self.gradients(*tensors, states, do, dht, ctx.scale, ctx.reverse, ctx.needs_input_grad[:5]), *(None,) * 5
 
     def gradients(self, q, k, v, g, initial_state, cu_seqlens, states, do, dht, scale, reverse, needs):
-        """By the operator, for a trace of the backward: None where none is needed."""
+        """By the operator of the backward, where autograd and traces see it: None where none is needed."""
         states = self.states(q, v) if states is None else states
         found = self.backward(q, k, v, g, initial_state, cu_seqlens, states, do, dht, scale, reverse, needs)
         return tuple(x if need else None for x, need in zip(found, needs))

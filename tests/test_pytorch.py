@@ -8,9 +8,10 @@ import threading
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, Case, make_inputs, rms_error, run, segments_of
+from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, make_inputs, reference, rms_error, run, segments_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.functional import logsigmoid
@@ -127,12 +128,13 @@ class TestCompile:
     ], ids=str)  # fmt: skip
     @pytest.mark.parametrize('mode', ['chunk', 'fused_recurrent', 'parallel'])
     def test_every_argument(self, mode, case):
-        """The bits of eager calls, from the same kernels; but the sum over d g is PyTorch's, whose order depends on strides."""
+        """Right, and the bits of eager calls; but the sum over d g is PyTorch's, whose order depends on strides."""
         if case.reverse and mode != 'fused_recurrent':
             pytest.skip('goes one way')
         case = case.of(mode)
         compiled = torch.compile(MODES[mode], fullgraph=True, backend='aot_eager')
         expected, found = run(MODES[mode], case), run(compiled, case)
+        check(case, found, reference(case))
         assert expected.keys() == found.keys()
         for name in expected:
             assert rms_error(found[name], expected[name]) <= (1e-6 if name == 'dg_gamma' else 0), name
@@ -692,13 +694,15 @@ if GPU:
             torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
 
         def test_compiled_into_cuda_graphs(self):
-            """`mode='reduce-overhead'` replays forward and backward."""
+            """`mode='reduce-overhead'` replays forward and backward, and leaves nothing out."""
+            counters.clear()
             module = block(MODES['chunk'], width=128)
             compiled = torch.compile(module, fullgraph=True, mode='reduce-overhead')
             for _ in range(4):
                 x = torch.randn(1, 5000, 128, device='cuda')
                 torch.compiler.cudagraph_mark_step_begin()
-                assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-4)
+                assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
+            assert counters['inductor']['cudagraph_skips'] == 0
 
         def test_compiled_calls_do_not_wait_for_the_gpu(self):
             module = block(MODES['chunk'], dtype=torch.bfloat16, width=128)
