@@ -116,6 +116,11 @@ class Recording(threading.local):
 recording = Recording()
 # device, kernel and constants; what triton specialises beyond that is compiled at the launch
 asked_for = set()
+# Held by the one thread that loads kernels. Triton up to 3.6 compiles a launcher in C for each signature, and all these modules have one
+# name. Python, asked again for one that it has loaded before, puts its functions into the module that got the name last: it may be one
+# that another thread has just loaded, and is about to take the launcher from. And triton, up to 3.9 at least, lets a thread launch a
+# kernel that another is still loading.
+loading = threading.RLock()
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -185,8 +190,14 @@ def recorded(run: Callable) -> Callable:
             addresses = [None if x is None else x.data_ptr() for x in tensors]
             key = (plan, *numbers)
         program = programs.get(key)
-        if program is not None:
-            return program(tensors, addresses, device) if program.complete else run(*tensors, *numbers)
+        if program is None:
+            with loading:
+                program = programs.get(key)  # which another thread may have recorded by now
+                if program is None:
+                    return record(key, tensors, numbers, addresses, device)
+        return program(tensors, addresses, device) if program.complete else run(*tensors, *numbers)
+
+    def record(key, tensors, numbers, addresses, device):
         if len(programs) >= MOST:
             programs.clear()
         launches = recording.launches = []
@@ -312,12 +323,17 @@ class Program:
 
 
 def compile_all(launches, device):
-    """Bring kernels into triton's cache and onto the device, those that were not asked for before."""
+    """Bring kernels into triton's cache and onto the device, those that were not asked for before.
 
-    def load(kernel):
+    They are compiled side by side, with the launchers that triton 3.6 compiles for them, but loaded one by one (`loading`).
+    """
+
+    def build(kernel):
         kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        with torch.cuda.device(device):
-            return kernel and kernel.run  # which compiles a launcher too, in triton 3.6
+        if kernel is not None:
+            # only for what it leaves in the cache on disk: this one may have got another's functions
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        return kernel
 
     new = {}
     for kernel, grid, args, constants in launches:
@@ -327,8 +343,10 @@ def compile_all(launches, device):
         with ThreadPoolExecutor() as pool:
             with triton.AsyncCompileMode(pool):
                 kernels = [kernel.warmup(*args, grid=grid, **constants) for kernel, grid, args, constants in new.values()]
-            for _ in pool.map(load, kernels):
-                pass
+            kernels = [*pool.map(build, kernels)]
+        with torch.cuda.device(device):
+            for kernel in kernels:
+                _ = kernel and kernel.run  # loads it
     asked_for.update(new)
 
 

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import itertools
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -283,6 +284,62 @@ def test_thread_without_a_context(mode, direct, monkeypatch):
     thread.start()
     thread.join()
     assert len(results) == 2 and torch.equal(*results)
+
+
+def test_kernels_are_compiled_side_by_side_and_loaded_one_by_one(monkeypatch):
+    count = 3
+    monkeypatch.setattr(_launch, 'triton', mock.MagicMock())
+    monkeypatch.setattr(_launch, 'asked_for', set())
+    _launch.triton.FutureKernel = type('FutureKernel', (), {})
+    together, loaded = threading.Barrier(count, timeout=30), []
+    _launch.triton.runtime.driver.active.launcher_cls = lambda src, metadata: together.wait()
+
+    class Compiled:
+        src = metadata = None
+
+        @property
+        def run(self):
+            loaded.append(threading.current_thread())
+            return 'launcher'
+
+    class Kernel:
+        def warmup(self, *args, grid, **constants):
+            return Compiled()
+
+    launches = [(Kernel(), (1, 1, 1), (), {}) for _ in range(count)]
+    for _ in range(2):  # known the second time
+        _launch.compile_all(launches, -1)
+    assert loaded == [threading.current_thread()] * count
+
+
+def test_passes_are_recorded_one_by_one(monkeypatch):
+    """Threads that make their first calls at once: one records, and those that are about to record the same replay what it did."""
+    monkeypatch.setattr(_launch, 'triton', mock.MagicMock())
+    monkeypatch.setattr(_launch, 'cuda_driver', lambda: 'driver')
+    monkeypatch.setattr(_launch, 'observed', lambda: False)
+    monkeypatch.setattr(_launch, 'compile_all', lambda launches, device: None)
+    monkeypatch.setattr(_launch, 'DIRECT', True)
+    start, recorded, returned = threading.Barrier(8, timeout=30), [], []
+
+    @_launch.recorded
+    def a_pass(x, number):
+        recorded.append(number)
+        time.sleep(0.02)
+        return (_launch.empty(x, number),)
+
+    def call(number):
+        start.wait()
+        (result,) = a_pass((torch.ones(4),), number)
+        returned.append(len(result))
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in (1, 2) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # a rehearsal and the pass itself
+    assert recorded in ([1, 1, 2, 2], [2, 2, 1, 1])
+    assert sorted(returned) == [1] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize('scratch', [0, 50])
