@@ -3,7 +3,8 @@
     python benchmarks/host.py [--shape B T H D] [--calls N] [--fla]
 
 The mean over many calls, in microseconds, enqueued while the GPU is kept busy by a long kernel before them; 50 at a time, because the
-driver holds up the host when some thousand launches wait. The inputs are those of `run.py`, which has the time of the GPU too. The columns:
+driver holds up the host when some thousand launches wait. The first of each 50, behind a wait of the host, can take ten times as long as
+the others, and counts. The inputs are those of `run.py`, which has the time of the GPU too. The columns:
 
 - forward: ready for a backward.
 - both: forward and backward, by `torch.autograd.grad`.
