@@ -29,11 +29,13 @@ of w and z, which come from states in the inputs' dtype, adds up while the value
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots
 from ._launch import empty, launcher
+from ._plans import Inputs
 from ._triton import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -95,7 +97,8 @@ def chunk_gates_kernel(
 
 
 @launcher
-def launch_chunk_gates(g, c, cu_seqlens):
+def launch_chunk_gates(tensors):
+    g, c, cu_seqlens = tensors
     B, T, H = g.shape
     parts, slots, _, BT = c.shape
     BH = min(16, triton.next_power_of_2(H))
@@ -211,38 +214,35 @@ def gate_gradient_kernel(
     tl.store(dg + (i_b * T + o_t) * H + o_h[None, None, :], b_dg, mask=mask)
 
 
+class GateParts(NamedTuple):
+    """What the sweeps of a backward leave for dg."""
+
+    w: torch.Tensor  # [NW, B, H, T], to be added up, as are the others
+    y: torch.Tensor  # [NY, B, H, T]
+    z: torch.Tensor  # [NW, B, H, T]
+    s_ds: torch.Tensor  # [NS, blocks + N, H]
+
+
 @launcher
-def launch_gate_gradient(g, dg, w, y, z, s_ds, cu_seqlens, BA, BT, dtype, state):
+def launch_gate_gradient(tensors, BA, BT, eps, state):
+    g, _, w, y, _, s_ds, cu_seqlens = tensors
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)
     BH = min(4, triton.next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
-    negligible = math.log2(torch.finfo(dtype).eps) - 3
-    args = g, dg, w, y, z, s_ds, cu_seqlens, count_sequences(B, cu_seqlens), T, negligible, *g.stride(), B * H * T, blocks
+    negligible = math.log2(eps) - 3
+    args = *tensors, count_sequences(B, cu_seqlens), T, negligible, *g.stride(), B * H * T, blocks
     NC = triton.next_power_of_2(BA // BT)
     constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, NC=NC, BH=BH, STATE=state, num_warps=4)
     return gate_gradient_kernel, (blocks, triton.cdiv(H, BH), 1), args, constants
 
 
-def gate_gradient(
-    g: torch.Tensor,
-    w: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    s_ds: torch.Tensor,
-    BA: int,
-    BT: int,
-    dtype: torch.dtype,
-    state: bool,
-    cu_seqlens: torch.Tensor | None,
-) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from `w, z [NW, B, H, T]`, `y [NY, B, H, T]` and `s_ds [NS, blocks + N, H]`.
-
-    BT is the size of the chunks and BA that of the anchor blocks, dtype that of the products they were computed in, and `state` whether
-    the sequences begin with a state.
-    """
+def gate_gradient(parts: GateParts, inputs: Inputs, BA: int, BT: int) -> torch.Tensor:
+    """`dg [B, T, H]`, in g's dtype, from chunks of BT tokens and anchor blocks of BA, whose products were computed in q's dtype."""
+    g, cu_seqlens = inputs.g, inputs.cu_seqlens
     B, T, H = g.shape
     dg = empty(g, B, T, H)
     if count_slots(B, T, BA, cu_seqlens):
-        launch_gate_gradient((g, dg, w, y, z, s_ds, cu_seqlens), BA, BT, dtype, state)
+        eps = torch.finfo(inputs.q.dtype).eps
+        launch_gate_gradient((g, dg, *parts, cu_seqlens), BA, BT, eps, inputs.initial_state is not None)
     return dg

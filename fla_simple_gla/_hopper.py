@@ -28,9 +28,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._driver import Tiles
 from ._gates import LOG2E, RESET
 from ._launch import empty, launcher
 from ._layout import multiprocessors
@@ -842,16 +842,21 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLa
     return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], gl.float16 if dtype == torch.float16 else gl.bfloat16)
 
 
-def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, rows: int = CHUNK) -> TensorDescriptor:
+def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, rows: int = CHUNK) -> Tiles:
     """Of tiles `[1, 1, 1, rows, columns]` of `x [B, T, H, D]`, at coordinates as `tile` makes them."""
     B, T, H, D = x.shape
     # a dimension of one may have any stride
     b, t, h = (stride if size > 1 else 64 for stride, size in zip(x.stride(), (B, T, H)))
     if cu_seqlens is None:
-        shape, strides = [B, 1, H, T, D], [b, t, h, t, 1]
+        shape, strides = (B, 1, H, T, D), (b, t, h, t, 1)
     else:
-        shape, strides = [2**31 - 1, 2**31 - 1, H, FAR.value, D], [FAR_AWAY - t, t, h, t, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
+        shape, strides = (2**31 - 1, 2**31 - 1, H, FAR.value, D), (FAR_AWAY - t, t, h, t, 1)
+    return Tiles(x, shape, strides, (1, 1, 1, rows, columns), tile_layout(rows, columns, x.dtype))
+
+
+def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
+    """The first n strides of x, or zeros where there is none."""
+    return (0,) * n if x is None else x.stride()[:n]
 
 
 def takes(*tensors: torch.Tensor) -> bool:
@@ -899,20 +904,21 @@ REVERSE = {
 
 
 @launcher
-def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices, scale, segment, BA):
+def launch_sweep(tensors, setting):
+    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     D = padded(K, V)
+    scale, segment, BA, *_ = setting
     units = count_units(B, T, H, segment, cu_seqlens)
     resident = 2 if D == 64 else 1
     args = (
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
         None if x is None else descriptor(x, D, cu_seqlens),
-        g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices,
+        g, state_in, state_out, *others, cu_seqlens, indices,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )
     constants = dict(
         H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, X=x is not None,
@@ -921,21 +927,18 @@ def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seql
     return sweep_kernel, (min(units, resident * multiprocessors(q.device)), 1, 1), args, constants
 
 
-def sweep(q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, indices=None, x=None, anchors=None, BA=1):
+def sweep(operands, setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
     what dg needs: the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A over i, and
     those over j, `y [1, B, H, T]`, negative.
-
-    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    B, T, H, _, V = operands.sizes()
     o = empty(q, B, T, H, V)
     x_o = y = None
     if x is not None:
         x_o, y = (empty(q, 1, B, H, T, dtype=torch.float32) for _ in range(2))
-    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices), scale, segment, BA)
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices), setting)
     return o, x_o, y
 
 
@@ -945,17 +948,18 @@ def anchor_size(K: int, V: int) -> int:
 
 
 @launcher
-def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens, scale, segment, BA):
+def launch_reverse(tensors, setting):
+    q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens = tensors
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
     D = padded(K, V)
+    scale, segment, BA, *_ = setting
     units = count_units(B, T, H, segment, cu_seqlens)
     args = (
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v, do, dk)), descriptor(dv, 64, cu_seqlens),
         g, state_in, state_out, z, anchors, s_ds, cu_seqlens,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )
     constants = dict(
         H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None, DG=anchors is not None, **REVERSE[D], num_warps=4,
@@ -963,18 +967,17 @@ def launch_reverse(q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds
     return reverse_kernel, (min(units, multiprocessors(q.device)), 1, 1), args, constants
 
 
-def reverse_sweep(q, k, v, g, do, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, anchors=None, BA=1):
+def reverse_sweep(operands, do, setting):
     """One sweep back in time over each sequence, or over each of its segments: dk and dv; and, if there are anchors, what dg needs:
     `z [1, B, H, T]` and `<anchor, state> [D / 16, blocks + N, H]`, one of each warp, D the dim padded.
     """
-    B, T, HK, K = k.shape
-    H, V = v.shape[2:]
-    D = padded(K, V)
+    q, k, v, g, state_in, state_out, _, anchors, cu_seqlens, _ = operands
+    B, T, H, K, V = operands.sizes()
     dk = empty(q, B, T, H, K)
     dv = empty(q, B, T, H, V)
     z = s_ds = None
     if anchors is not None:
         z = empty(q, 1, B, H, T, dtype=torch.float32)
-        s_ds = empty(q, D // 16, anchors.shape[0], H, dtype=torch.float32)
-    launch_reverse((q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens), scale, segment, BA)
+        s_ds = empty(q, padded(K, V) // 16, anchors.shape[0], H, dtype=torch.float32)
+    launch_reverse((q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens), setting)
     return dk, dv, z, s_ds

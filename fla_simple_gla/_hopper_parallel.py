@@ -321,7 +321,8 @@ def walk_kernel(
 
 
 @launcher
-def launch_walk(q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens, scale, reverse):
+def launch_walk(tensors, scale, reverse):
+    q, k, v, o, x, *others, cu_seqlens = tensors
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
@@ -330,7 +331,7 @@ def launch_walk(q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens, scale
     args = (
         descriptor(q, D, cu_seqlens), *(descriptor(t, D, cu_seqlens, BLOCK) for t in (k, v)), descriptor(o, D, cu_seqlens),
         None if x is None else descriptor(x, D, cu_seqlens),
-        c, sums, ranges, x_o, crossing, cu_seqlens,
+        *others, cu_seqlens,
         scale, slots * H, slots, count_sequences(B, cu_seqlens), T, -(-T // BLOCK),
     )
     constants = dict(
@@ -339,20 +340,19 @@ def launch_walk(q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens, scale
     return walk_kernel, (min(slots * H, multiprocessors(q.device)), 1, 1), args, constants
 
 
-def walk(q, k, v, c, sums, ranges, scale, cu_seqlens, *, x=None, reverse=False):
+def walk(operands, setting):
     """One walk: `o`; with x also the rows `x . o [1, B, H, T]` and, not in reverse, what of them comes from before each block
     `[2, slots, H, blocks]`, in two parts, of the first rows of a block and of the others.
     """
-    B, T, HQ, _ = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
-    # the tokens behind the last sequence get zeros, of which no program knows
+    q, k, v, gates, x, cu_seqlens = operands
+    B, T, H, _, V = operands.sizes()
+    # the tokens after the last sequence get zeros, of which no program knows
     o = (empty if cu_seqlens is None else zeros)(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:
         x_o = empty(q, 1, B, H, T, dtype=torch.float32)
-        if not reverse:
+        if not setting.reverse:
             # zeros, because tiles without anything are skipped
             crossing = zeros(q, 2, count_slots(B, T, BLOCK, cu_seqlens), H, -(-T // BLOCK), dtype=torch.float32)
-    launch_walk((q, k, v, o, x, c, sums, ranges, x_o, crossing, cu_seqlens), scale, reverse)
+    launch_walk((q, k, v, o, x, *gates, x_o, crossing, cu_seqlens), setting.scale, setting.reverse)
     return o, x_o, crossing

@@ -40,6 +40,8 @@ from ._hopper import (
     prefetch,
     row_sums,
     store_sum,
+    strides,
+    takes,
     tile,
     tma_load,
     tma_store,
@@ -49,7 +51,7 @@ from ._hopper import (
 from ._launch import empty, launcher
 from ._layout import multiprocessors
 
-__all__ = ['CHUNK', 'anchor_size', 'sweep']
+__all__ = ['CHUNK', 'anchor_size', 'sweep', 'takes']
 
 BK = gl.constexpr(256)  # K, padded
 BV = gl.constexpr(128)  # columns of V to a program
@@ -440,19 +442,20 @@ REGISTERS = dict(STATE_REGISTERS=216, PRODUCT_REGISTERS=56, OTHER_REGISTERS=24)
 
 
 @launcher
-def launch_sweep(q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices, scale, segment, BA, reverse):
+def launch_sweep(tensors, setting):
+    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
     halves = count_halves(V)
+    scale, segment, BA, reverse, _ = setting
     units = count_units(B, T, H, segment, cu_seqlens)
     args = (
         *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
         None if x is None else descriptor(x, BV.value, cu_seqlens),
-        g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices,
+        g, state_in, state_out, *others, cu_seqlens, indices,
         scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
-        *((0, 0, 0) if g is None else g.stride()),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )
     constants = dict(
         H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None,
@@ -470,27 +473,20 @@ def anchor_size(K: int, V: int) -> int:
     return BK.value * BV.value * count_halves(K)
 
 
-def sweep(
-    q, k, v, g, scale, cu_seqlens, *, segment=None, state_in=None, state_out=None, indices=None, x=None, anchors=None, BA=1,
-    reverse=False,
-):
+def sweep(operands, setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs
     (`_gates.py`), else None three times: forward in time the rows `x . o [halves, B, H, T]`; back in time these in two parts, of the
     carried state and of pairs inside a chunk, and `<anchor, state> [8 * halves, blocks + N, H]`, one of each warp. The halves are those
     of V, one where V is up to 128.
-
-    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    B, T, H, _, V = operands.sizes()
     o = empty(q, B, T, H, V)
     x_o = y = s_ds = None
     if x is not None:
         x_o = empty(q, count_halves(V), B, H, T, dtype=torch.float32)
-        if reverse:
+        if setting.reverse:
             y = empty(x_o, *x_o.shape)
             s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
-    tensors = q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices
-    launch_sweep(tensors, scale, segment, BA, reverse)
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices), setting)
     return o, x_o, y, s_ds

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ._triton import jit, scratch, tl, triton
+from ._triton import jit, tl
 
 
 @jit
@@ -56,12 +56,9 @@ def multiprocessors(device: torch.device) -> int:
 def use_descriptors(*tensors: torch.Tensor | None) -> bool:
     """Whether a kernel is to read and write these tensors through descriptors: on Hopper, if their rows are aligned to 16 bytes."""
     given = [x for x in tensors if x is not None]
-    tma = is_hopper(given[0].device) and all(
+    return is_hopper(given[0].device) and all(
         x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3]) for x in given
     )
-    if tma:
-        triton.set_allocator(scratch)
-    return tma
 
 
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:

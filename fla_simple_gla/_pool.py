@@ -9,7 +9,8 @@ import torch
 def in_pool(
     run: Callable, pool: torch.Tensor, indices: torch.Tensor, cu_seqlens: torch.Tensor | None, states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`o` of `run(initial_state, output_final_state)`, from the states in these slots of the pool, where the final ones replace them.
+    """`o` of `run(initial_state)`, which returns the final states too, from the states in these slots of the pool, where the final ones
+    replace them.
 
     Where an index is -1, o is zero, and states `[B, T, ...]`, which run writes, is as before.
     """
@@ -21,7 +22,7 @@ def in_pool(
     kept = None if states is None else states[rows]
     initial_state = pool.new_zeros(len(indices), *pool.shape[1:])
     initial_state[~padding] = pool[indices[~padding].long()]
-    o, final_state = run(initial_state=initial_state, output_final_state=True)
+    o, final_state = run(initial_state)
     pool[indices[~padding].long()] = final_state[~padding].to(pool.dtype)
     o[rows] = 0
     if states is not None:

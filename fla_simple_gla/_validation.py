@@ -1,6 +1,8 @@
-"""What every mode asks of its arguments, checked on the host from shapes, dtypes and devices alone: nothing synchronises."""
+"""What every mode asks of its arguments, checked on the host from types, shapes and devices alone: nothing synchronises."""
 
+import math
 from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -8,22 +10,54 @@ MAX_DIM = 512
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    g_gamma: torch.Tensor | None,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_v_first: bool = False,
-    state_indices: torch.Tensor | None = None,
-    intermediate_states_buffer: torch.Tensor | None = None,
-) -> float:
+class Call(NamedTuple):
+    """The arguments of a call, by their public names. A mode that lacks one leaves it at what it is here."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None = None
+    g_gamma: torch.Tensor | None = None
+    initial_state: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    cu_seqlens_cpu: torch.Tensor | None = None
+    state_indices: torch.Tensor | None = None
+    intermediate_states_buffer: torch.Tensor | None = None
+    scale: float | None = None
+    output_final_state: bool = False
+    output_attentions: bool = False
+    state_v_first: bool = False
+    reverse: bool = False
+    chunk_size: int | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are given."""
+        return [x for x in self[:10] if x is not None]
+
+    def options(self) -> tuple[Any, ...]:
+        return self[10:]
+
+
+def check_call(call: Call) -> float:
     """Raise a `TypeError` or `ValueError` that names the argument, what it got and what it needs; return the scale."""
+    _check_tokens(call)
+    _check_gates(call)
+    _check_packing(call)
+    _check_states(call)
+    for name in ('output_final_state', 'output_attentions', 'state_v_first', 'reverse'):
+        value = getattr(call, name)
+        if value is not None and not isinstance(value, bool):  # None is what some models pass for False
+            raise TypeError(f'{name} must be a bool, got {type(value).__name__}')
+    if call.output_attentions and call.cu_seqlens is not None:
+        raise ValueError('output_attentions is not available with cu_seqlens: the map would be zero between sequences')
+    _check_chunk_size(call.chunk_size)
+    return _check_scale(call.scale, call.q.shape[-1])
+
+
+def _check_tokens(call: Call) -> None:
+    q, k, v = call.q, call.k, call.v
     for name, x in (('q', q), ('k', k), ('v', v)):
-        _check_tensor(name, x)
+        _check_floats(name, x)
         if x.dim() != 4:
             raise ValueError(f'{name} must have 4 dimensions [B, T, H, D], got shape {_shape(x)}')
         _check_device(name, x, q)
@@ -44,97 +78,132 @@ def check_inputs(
         if not 1 <= dim <= MAX_DIM:
             raise ValueError(f'the head dimension of {name} must be 1 to {MAX_DIM}, got {dim}')
 
-    if g is not None and g_gamma is not None:
+
+def _check_gates(call: Call) -> None:
+    shapes = (('g', '[B, T, H]', [*call.v.shape[:3]]), ('g_gamma', '[H]', [call.v.shape[2]]))
+    for name, meaning, shape in shapes:
+        x = getattr(call, name)
+        if x is not None:
+            _check_floats(name, x)
+            if call.g is None or call.g_gamma is None:
+                _check_shape(name, x, meaning, shape)
+            _check_device(name, x, call.q)
+    if call.g is not None and call.g_gamma is not None:
         raise ValueError('g and g_gamma are both given: pass one of them, or neither')
-    if g is not None:
-        _check_tensor('g', g)
-        if g.shape != (B, T, H):
-            raise ValueError(f'g must have shape [B, T, H] = {[B, T, H]}, got {_shape(g)}')
-        _check_device('g', g, q)
-    if g_gamma is not None:
-        _check_tensor('g_gamma', g_gamma)
-        if g_gamma.shape != (H,):
-            raise ValueError(f'g_gamma must have shape [H] = {[H]}, got {_shape(g_gamma)}')
-        _check_device('g_gamma', g_gamma, q)
 
-    N = B
+
+def _check_packing(call: Call) -> None:
+    q, cu_seqlens, copy = call.q, call.cu_seqlens, call.cu_seqlens_cpu
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q)
-        N = cu_seqlens.shape[0] - 1
-    dims, names = ([V, K], 'H, V, K') if state_v_first else ([K, V], 'H, K, V')
-    if state_indices is not None:
-        _check_state_indices(state_indices, q, N)
-        if initial_state is None:
-            raise ValueError('state_indices is given without initial_state, the pool in which it names slots')
-    if intermediate_states_buffer is not None:
-        _check_written('intermediate_states_buffer', intermediate_states_buffer, q)
-        shape = [B, T, H, *dims]
-        if _shape(intermediate_states_buffer) != shape:
-            got = _shape(intermediate_states_buffer)
-            raise ValueError(f'intermediate_states_buffer must have shape [B, T, {names}] = {shape}, got {got}')
-    if initial_state is not None:
-        _check_tensor('initial_state', initial_state)
-        shape, meaning = [N, H, *dims], f'[N, {names}]'
-        if state_indices is not None:
-            _check_written('initial_state', initial_state, q)
-            shape, meaning = [*initial_state.shape[:1], H, *dims], f'with state_indices [P, {names}]'
-        if _shape(initial_state) != shape:
-            raise ValueError(f'initial_state must have shape {meaning} = {shape}, got {_shape(initial_state)}')
-        _check_device('initial_state', initial_state, q)
+        _check_integers('cu_seqlens', cu_seqlens, q)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f'cu_seqlens must have shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}')
+        if q.shape[0] != 1:
+            raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
+    if copy is not None:
+        _check_dense('cu_seqlens_cpu', copy)
+        if cu_seqlens is None:
+            raise ValueError('cu_seqlens_cpu is given without cu_seqlens, of which it is a copy')
+        if copy.device.type != 'cpu' or copy.shape != cu_seqlens.shape:
+            what = f'shape {_shape(copy)} on {copy.device}'
+            raise ValueError(f'cu_seqlens_cpu must be a copy of cu_seqlens {_shape(cu_seqlens)} on the CPU, got {what}')
+        if copy.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f'cu_seqlens_cpu must be int32 or int64, got {copy.dtype}')
 
+
+def _check_states(call: Call) -> None:
+    q, state, indices, buffer = call.q, call.initial_state, call.state_indices, call.intermediate_states_buffer
+    B, T, _, K = q.shape
+    H, V = call.v.shape[2:]
+    N = B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    dims, names = ([V, K], 'H, V, K') if call.state_v_first is True else ([K, V], 'H, K, V')
+    if indices is not None:
+        _check_integers('state_indices', indices, q)
+        _check_shape('state_indices', indices, '[N]', [N])
+        if state is None:
+            raise ValueError('state_indices is given without initial_state, the pool in which it names slots')
+    if buffer is not None:
+        _check_written('intermediate_states_buffer', buffer, q)
+        _check_shape('intermediate_states_buffer', buffer, f'[B, T, {names}]', [B, T, H, *dims])
+    if state is not None:
+        _check_floats('initial_state', state)
+        if indices is None:
+            _check_shape('initial_state', state, f'[N, {names}]', [N, H, *dims])
+        else:
+            _check_written('initial_state', state, q)
+            _check_shape('initial_state', state, f'with state_indices [P, {names}]', [*state.shape[:1], H, *dims])
+        _check_device('initial_state', state, q)
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(f'chunk_size must be an int or None, got {type(chunk_size).__name__}')
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f'chunk_size must be a power of two, got {chunk_size}')
+
+
+def _check_scale(scale: float | None, K: int) -> float:
     if scale is None:
         return K ** -0.5
-    if not isinstance(scale, Real):
+    if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f'scale must be a number or None, got {type(scale).__name__}')
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f'scale must be finite, got {scale}')
     return float(scale)
 
 
-def check_no_gradients(**inputs: torch.Tensor | None) -> None:
+def check_no_gradients(call: Call) -> None:
     """What is written in place keeps no history: raise a `ValueError` if a gradient would be asked for."""
     if torch.is_grad_enabled():
-        for name, x in inputs.items():
-            if x is not None and x.requires_grad:
+        for name, x in zip(Call._fields, call):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
                 raise ValueError(
                     f'{name} must not need gradients with state_indices or intermediate_states_buffer, which are for inference: call '
                     'under torch.no_grad()'
                 )
 
 
-def check_cu_seqlens_cpu(cu_seqlens_cpu: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
-    if cu_seqlens_cpu is None:
-        return
-    if not isinstance(cu_seqlens_cpu, torch.Tensor):
-        raise TypeError(f'cu_seqlens_cpu must be a torch.Tensor, got {type(cu_seqlens_cpu).__name__}')
-    if cu_seqlens is None:
-        raise ValueError('cu_seqlens_cpu is given without cu_seqlens, of which it is a copy')
-    if isinstance(cu_seqlens, torch.Tensor) and (cu_seqlens_cpu.device.type != 'cpu' or cu_seqlens_cpu.shape != cu_seqlens.shape):
-        what = f'shape {_shape(cu_seqlens_cpu)} on {cu_seqlens_cpu.device}'
-        raise ValueError(f'cu_seqlens_cpu must be a copy of cu_seqlens {_shape(cu_seqlens)} on the CPU, got {what}')
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    if not isinstance(chunk_size, int):
-        raise TypeError(f'chunk_size must be an int or None, got {type(chunk_size).__name__}')
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f'chunk_size must be a power of two, got {chunk_size}')
-
-
-def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else 'cpu'
+def under_autocast(call: Call) -> Call:
+    """The call with q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
+    device = call.q.device.type if isinstance(call.q, torch.Tensor) else 'cpu'
     if device == 'meta' or not torch.is_autocast_enabled(device):
-        return tensors
+        return call
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors)
+    cast = (x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call[:3])
+    return Call(*cast, *call[3:])
 
 
-def _check_tensor(name: str, x: torch.Tensor) -> None:
+def _check_dense(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
+    if x.is_nested:
+        raise TypeError(f'{name} is a nested tensor: pack the sequences along T of a batch of one, and pass their boundaries as cu_seqlens')
+    if x.layout is not torch.strided:
+        raise TypeError(f'{name} must be a dense (strided) tensor, got one of layout {x.layout}')
+    if not torch.compiler.is_compiling() and any(base.__name__ == 'DTensor' for base in type(x).__mro__):
+        raise TypeError(f'{name} is a DTensor: pass the part of this rank, {name}.to_local(), with the heads or the sequences split')
+
+
+def _check_floats(name: str, x: torch.Tensor) -> None:
+    _check_dense(name, x)
     if not x.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor, got {x.dtype}')
+
+
+def _check_integers(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    _check_dense(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f'{name} must be int32 or int64, got {x.dtype}')
+    if not x.is_contiguous():
+        raise ValueError(f'{name} must be contiguous, got strides {x.stride()}')
+    _check_device(name, x, q)
+
+
+def _check_shape(name: str, x: torch.Tensor, meaning: str, shape: list[int]) -> None:
+    if _shape(x) != shape:
+        raise ValueError(f'{name} must have shape {meaning} = {shape}, got {_shape(x)}')
 
 
 def _check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -142,23 +211,9 @@ def _check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(f'cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}')
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f'cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}')
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f'cu_seqlens must have shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}')
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f'cu_seqlens must be contiguous, got strides {cu_seqlens.stride()}')
-    if q.shape[0] != 1:
-        raise ValueError(f'q must have a batch of 1 with cu_seqlens, got {q.shape[0]}: pack the sequences along T')
-    _check_device('cu_seqlens', cu_seqlens, q)
-
-
 def _check_written(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     """What is read and written in place."""
-    _check_tensor(name, x)
+    _check_floats(name, x)
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and q.device.type == 'cpu'):
         raise TypeError(f'{name} is written in place, and must be bfloat16, float16 or float32, got {x.dtype}')
     if not torch.compiler.is_compiling() and x.is_neg():
@@ -168,17 +223,9 @@ def _check_written(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     _check_device(name, x, q)
 
 
-def _check_state_indices(state_indices: torch.Tensor, q: torch.Tensor, N: int) -> None:
-    if not isinstance(state_indices, torch.Tensor):
-        raise TypeError(f'state_indices must be a torch.Tensor, got {type(state_indices).__name__}')
-    if state_indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f'state_indices must be int32 or int64, got {state_indices.dtype}')
-    if state_indices.shape != (N,):
-        raise ValueError(f'state_indices must have shape [N] = {[N]}, got {_shape(state_indices)}')
-    if not state_indices.is_contiguous():
-        raise ValueError(f'state_indices must be contiguous, got strides {state_indices.stride()}')
-    _check_device('state_indices', state_indices, q)
-
-
 def _shape(x: torch.Tensor) -> list[int]:
     return list(x.shape)
+
+
+def check_contents(*_):
+    pass

@@ -27,20 +27,22 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
-from ._launch import empty, launcher, plan_for, recorded
-from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, rows_in_place, sum_heads, use_descriptors
-from ._operators import Operators, goes_by_operator
+from ._launch import device_pass, empty, launcher
+from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, use_descriptors
+from ._mode import Mode
+from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl, triton
-from ._validation import check_chunk_size, check_cu_seqlens_cpu
+from ._validation import Call
 from .fused_chunk import (
-    compute,
-    fp32_precision,
+    Operands,
+    Setting,
+    as_sweeps_read,
     gradients,
     hopper_for,
     hopper_module,
-    in_place,
     naive,
     outputs,
+    strides,
     sweep_config,
     sweep_gates,
 )
@@ -201,42 +203,44 @@ def combine_kernel(
 
 
 @launcher
-def launch_summary(k, v, c, states, decays, cu_seqlens, scale, segment, reverse, tma, precision):
+def launch_summary(tensors, setting):
+    k, v, c, states, _, cu_seqlens = tensors
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
     BT = sweep_config(K, V, k.dtype, k.device).BT if c is None else c.shape[-1]
     BV, warps, stages = summary_config(K, V, k.dtype, k.device)
     args = (
-        k, v, c, states, decays, cu_seqlens,
-        scale, count_sequences(B, cu_seqlens), T, segment, int(reverse),
-        *k.stride()[:3], *v.stride()[:3], 0 if c is None else c[0].numel(),
+        *tensors,
+        setting.scale, count_sequences(B, cu_seqlens), T, setting.segment, int(setting.reverse),
+        *strides(k, 3), *strides(v, 3), 0 if c is None else c[0].numel(),
     )
     constants = dict(
-        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-        TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, TWO_PARTS=c is not None and c.shape[0] == 2,
+        TMA=use_descriptors(k, v), PRECISION=setting.precision, STAGES=stages, num_warps=warps,
     )
     return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
 @launcher
-def launch_combine(state, states, decays, cu_seqlens, indices, N, T, segment, reverse):
+def launch_combine(tensors, N, T, segment, reverse):
+    state, states, *_ = tensors
     _, H, K, V = states.shape
-    args = state, states, decays, cu_seqlens, indices, N, T, segment, int(reverse), *((0,) * 4 if state is None else state.stride())
+    args = *tensors, N, T, segment, int(reverse), *strides(state, 4)
     return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
 
 
-def boundary_states(k, v, c, state, scale, cu_seqlens, precision, segment, reverse=False, indices=None):
+def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
     """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
-    for k and v, the gradient of the state behind each segment, from that behind each sequence.
+    for k and v, the gradient of the state after each segment, from that after each sequence.
     """
-    B, T, HK, K = k.shape
-    H, V = v.shape[2:]
+    _, k, v, c, state, *_, cu_seqlens, indices = operands
+    B, T, H, K, V = operands.sizes()
     N = count_sequences(B, cu_seqlens)
-    slots = count_slots(B, T, segment, cu_seqlens)
+    slots = count_slots(B, T, setting.segment, cu_seqlens)
     states = empty(k, slots, H, K, V, dtype=torch.float32)
     decays = None if c is None else empty(k, slots, H, dtype=torch.float32)
-    launch_summary((k, v, c, states, decays, cu_seqlens), scale, segment, reverse, use_descriptors(k, v), precision)
-    launch_combine((state, states, decays, cu_seqlens, indices), N, T, segment, reverse)
+    launch_summary((k, v, c, states, decays, cu_seqlens), setting)
+    launch_combine((state, states, decays, cu_seqlens, indices), N, T, setting.segment, setting.reverse)
     return states
 
 
@@ -313,109 +317,67 @@ def segment_tokens(
     return chosen
 
 
-@recorded
-def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, hopper, scale, output_final_state, precision, segment):
-    c = None if segment is None and hopper else sweep_gates(q, v, g, cu_seqlens)
-    state = initial_state
+@device_pass
+def forward_pass(inputs: Inputs, options: Options, hopper, segment: int | None):
+    """o, the final state or None, the states before the segments, and the sums of the gates."""
+    q, k, v, _, state, cu_seqlens, indices, _ = inputs
+    setting = Setting(options.scale, segment, precision=options.precision)
+    c = None if segment is None and hopper else sweep_gates(inputs)
     if segment is not None:
-        state = boundary_states(k, v, c, initial_state, 1.0, cu_seqlens, precision, segment, indices=indices)
-    results = outputs(
-        q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment, pool=initial_state, indices=indices,
-    )
-    return *results, c, state
+        # the states of the forward have no scale in them
+        operands = Operands(q, k, v, c, state, cu_seqlens=cu_seqlens, indices=indices)
+        state = boundary_states(operands, setting._replace(scale=1.0))
+    return *outputs(inputs, state, c, hopper, setting, options.output), state, c
 
 
-@recorded
-def backward_pass(q, k, v, g, c, do, initial_state, state, dht, cu_seqlens, needs, scale, precision, segment):
-    dstate = dht
-    if segment is not None:
-        if c is None:
-            c = sweep_gates(q, v, g, cu_seqlens)
-        dstate = boundary_states(q, do, c, dht, scale, cu_seqlens, precision, segment, reverse=True)
-    return gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment)
+@device_pass
+def backward_pass(inputs: Inputs, states: tuple, c, do, needs: Gradients, setting: Setting) -> Gradients:
+    """states are those before the segments, and the gradient of the state after each sequence."""
+    q, _, v, *_ = inputs
+    if setting.segment is None:
+        return gradients(inputs, states, c, do, needs, setting)
+    state, dht = states
+    if c is None:
+        c = sweep_gates(inputs)
+    dstate = boundary_states(Operands(q, q, do, c, dht, cu_seqlens=inputs.cu_seqlens), setting._replace(reverse=True))
+    return gradients(inputs, (state, dstate), c, do, needs, setting)
 
 
-def tokens_to_a_segment(q, v, cu_seqlens) -> int | None:
+def tokens_to_a_segment(inputs: Inputs) -> int | None:
     """None where sequences stay in one piece. It follows from shapes alone, and not from layouts: the operator of the backward, which may
     be given its tensors in others, has to find what that of the forward found.
     """
+    q = inputs.q
     B, T, _, K = q.shape
-    H, V = v.shape[2:]
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    H, V = inputs.v.shape[2:]
+    sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
     return segment_tokens(B, T, H, K, V, q.dtype, q.device, hopper_module(K, V, q.dtype, q.device) is not None, sequences)
 
 
-def choices(q, k, v, cu_seqlens):
-    """The module of the sweeps for Hopper, if it takes these, and the tokens to a segment."""
-    return hopper_for(q, k, v), tokens_to_a_segment(q, v, cu_seqlens)
+def forward(inputs: Inputs, plan: Plan) -> Results:
+    hopper, segment = plan.once(hopper_for, *inputs[:3]), plan.once(tokens_to_a_segment, inputs)
+    o, final_state, state, c = forward_pass(inputs, plan.options, hopper, segment)
+    return Results(o, final_state, None if segment is None else state, c)
 
 
-def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
-    """What `forward_pass` returns, how fp32 products were computed, and the tokens to a segment; q, k and v have rows in place."""
-    precision = fp32_precision(q.dtype)
-    hopper, segment = plan.once(choices, q, k, v, cu_seqlens)
-    tensors = q, k, v, g, initial_state, cu_seqlens, indices
-    return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, segment, plan=plan), precision, segment
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+    (state, c), (do, dht) = kept, given
+    setting = Setting(plan.options.scale, plan.once(tokens_to_a_segment, inputs), precision=plan.options.precision)
+    states = inputs.initial_state if setting.segment is None else state, dht
+    return backward_pass(inputs, states, c, as_sweeps_read(do, inputs, plan), needs, setting)
 
 
-def backward(q, k, v, g, c, do, h0, state, dht, cu_seqlens, needs, scale, precision, segment):
-    do = torch.zeros_like(v) if do is None else rows_in_place(do)
-    tensors = q, k, v, g, c, do, h0, state, dht, cu_seqlens
-    dq, dk, dv, dg, dh0 = backward_pass(tensors, needs, scale, precision, segment)
-    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
-
-
-class Chunk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
-        q, k, v = map(rows_in_place, (q, k, v))
-        o, final_state, c, state, precision, segment = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, None if segment is None else state)
-        # c is small, and no saved tensor: the operator has none either
-        ctx.c, ctx.scale, ctx.precision, ctx.segment = c, plan.scale, precision, segment
-        ctx.set_materialize_grads(False)
-        return o, final_state
-
-    @staticmethod
-    def backward(ctx, do, dht):
-        q, k, v, g, h0, cu_seqlens, state = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        if goes_by_operator(do, dht):
-            dq, dk, dv, dg, dh0 = operators.gradients(q, k, v, g, h0, cu_seqlens, state, do, dht, ctx.scale, False, needs)
-        else:
-            state = h0 if ctx.segment is None else state
-            dq, dk, dv, dg, dh0 = backward(
-                q, k, v, g, ctx.c, do, h0, state, dht, cu_seqlens, needs, ctx.scale, ctx.precision, ctx.segment,
-            )
-        return dq, dk, dv, dg, None, dh0, None, None
-
-
-def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, _):
-    q, k, v = map(rows_in_place, (q, k, v))
-    plan = plan_for(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    o, final_state, _, state, _, segment = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-    return o, final_state, None if segment is None else state
-
-
-def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, state, do, dht, scale, _, needs):
-    q, k, v = map(rows_in_place, (q, k, v))
-    segment = tokens_to_a_segment(q, v, cu_seqlens)
-    state = initial_state if segment is None else state
-    return backward(q, k, v, g, None, do, initial_state, state, dht, cu_seqlens, tuple(needs), scale, fp32_precision(q.dtype), segment)
-
-
-def count_states(q, v, cu_seqlens) -> int | None:
+def count_states(inputs: Inputs) -> int | None:
     """How many states the operator of the forward leaves."""
+    q, v, cu_seqlens = inputs.q, inputs.v, inputs.cu_seqlens
     sizes = *q.shape, *v.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return None
-    segment = tokens_to_a_segment(q, v, cu_seqlens)
+    segment = tokens_to_a_segment(inputs)
     return 0 if segment is None else count_slots(*q.shape[:2], segment, cu_seqlens)
 
 
-operators = Operators(
-    'chunk', forward_of_operator, backward_of_operator, naive, functools.partial(in_place, forward), count_states=count_states,
-)
+mode = Mode('chunk', forward, backward, naive, count_states=count_states)
 
 
 def chunk_simple_gla(
@@ -491,9 +453,7 @@ def chunk_simple_gla(
         >>> states.shape
         torch.Size([2, 4, 64, 64])
     """
-    check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
-    check_chunk_size(chunk_size)
-    return compute(
-        Chunk, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first, state_indices,
-        chunk_size or 64,
-    )
+    return mode(Call(
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, cu_seqlens_cpu, scale=scale, output_final_state=output_final_state,
+        state_v_first=state_v_first, chunk_size=chunk_size, state_indices=state_indices,
+    ))  # fmt: skip

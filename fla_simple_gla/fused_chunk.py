@@ -27,19 +27,18 @@ the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
-from ._gates import anchor_tokens, chunk_gates, gate_gradient
-from ._launch import empty, launcher, plan_for, recorded
-from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
-from ._operators import Operators, apply, goes_by_operator, way_of
-from ._pool import in_pool
-from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_no_gradients, under_autocast
+from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
+from ._launch import device_pass, empty, launcher
+from ._layout import is_hopper, load_rows, open_rows, store_rows, transposed, use_descriptors
+from ._mode import Mode
+from ._plans import Gradients, Inputs, Options, Plan, Results
+from ._triton import jit, switched_off, tl, triton, warn_once, why_not
+from ._validation import Call
 from .naive import naive_chunk_simple_gla
 
 
@@ -271,95 +270,125 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Co
     return by_rows._replace(BT=by_both.BT)
 
 
-def sweep_gates(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+class Operands(NamedTuple):
+    """What a sweep reads, q, k, v and x in their roles, and where it leaves states."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: torch.Tensor | None  # of the plain sweep their sums in chunks (`sweep_gates`), of those for Hopper themselves
+    state_in: torch.Tensor | None = None
+    state_out: torch.Tensor | None = None
+    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
+    anchors: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+    def sizes(self) -> tuple[int, ...]:
+        """B, T, H, K, V; H is that of the states, of which each of q and k, and of v and x, have it or a divisor of it."""
+        B, T, HQ, K = self.q.shape
+        HV, V = self.v.shape[2:]
+        return B, T, max(HQ, HV), K, V
+
+
+class Setting(NamedTuple):
+    """How a sweep goes: the numbers that a launch depends on beside the layouts of its tensors."""
+
+    scale: float
+    segment: int | None = None  # tokens of a segment; None where a sequence is swept in one piece
+    BA: int = 1  # tokens of an anchor block
+    reverse: bool = False
+    precision: str | None = None
+
+
+def sweep_gates(inputs: Inputs) -> torch.Tensor | None:
     """The sums of the gates in the chunks of the sweeps."""
+    q, v, g = inputs.q, inputs.v, inputs.g
     if g is None:
         return None
     BT = sweep_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
-    return chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
+    return chunk_gates(g, BT, q.dtype == torch.float32, inputs.cu_seqlens)
+
+
+def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
+    """The first n strides of x, or zeros where there is none."""
+    return (0,) * n if x is None else x.stride()[:n]
 
 
 @launcher
-def launch_sweep(
-    q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices,
-    scale, slots, segment, BA, reverse, tma, precision,
-):
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+def launch_sweep(tensors, setting):
+    q, k, v, c, state_in, o, state_out, x, *_, cu_seqlens, indices = tensors
+    B, T, H, K, V = Operands(q, k, v, c).sizes()
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
+    scale, segment, BA, reverse, precision = setting
     args = (
-        q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices,
+        *tensors,
         scale, count_sequences(B, cu_seqlens), T, segment or 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
-        *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
+        *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3), *strides(state_in, 4), *strides(state_out, 4),
         B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
     )
     constants = dict(
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V,
+        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
         BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
-        TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+        TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages, num_warps=warps,
     )
-    return sweep_kernel, (slots * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
-def sweep(
-    q, k, v, c, scale, cu_seqlens, precision, *, segment=None, state_in=None, state_out=None, indices=None, x=None, anchors=None, BA=1,
-    reverse=False,
-):
+def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
+    """How many sequences or segments there are for a sweep; with packed sequences one more, the tokens after them, which get zeros."""
+    return count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+
+
+def sweep(operands: Operands, setting: Setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
     also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of the carried state and of pairs inside a chunk, and
     `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
-
-    H is the number of heads of the states, of which each of q and k, and of v and x, have it or a divisor of it.
     """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
-    N = count_sequences(B, cu_seqlens)
+    q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    B, T, H, K, V = operands.sizes()
     o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
     if x is not None:
         NV = triton.cdiv(V, sweep_config(K, V, q.dtype, q.device).BV)
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
-        if reverse:
+        if setting.reverse:
             x_inter = empty(x_o, *x_o.shape)
             s_ds = empty(q, NV, anchors.shape[0], H, dtype=torch.float32)
-    # with packed sequences one more, the tokens behind them, which gets zeros
-    slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
-    if slots:
-        tma = use_descriptors(q, k, v, o, x)
-        tensors = q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices
-        launch_sweep(tensors, scale, slots, segment, BA, reverse, tma, precision)
-    return (o, x_inter, x_o, s_ds) if reverse else (o, x_o, None, None)
+    if count_swept(B, T, setting.segment, cu_seqlens):
+        launch_sweep((q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices), setting)
+    return (o, x_inter, x_o, s_ds) if setting.reverse else (o, x_o, None, None)
 
 
-# With which versions of triton the sweeps of `_hopper.py` were compiled; they ran on 3.6. Gluon changes from one to the next.
-GLUON = ('3.6', '3.7', '3.8', '3.9')
+def why_no_hopper_sweeps(K: int, V: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why states of these dims are not for the sweeps for Hopper; None where they are. The device is a GPU."""
+    if not is_hopper(device):
+        return 'the GPU is no Hopper'
+    if switched_off('FLA_SIMPLE_GLA_HOPPER'):
+        return 'FLA_SIMPLE_GLA_HOPPER=0 is in the environment'
+    if dtype.itemsize != 2:
+        return 'they take bf16 and fp16'
+    if K % 8 or V % 8:
+        return 'they take K and V that are multiples of 8'
+    if max(K, V) > 256:
+        return 'they take K and V up to 256'
+    for feature in ('hopper', 'wide') if max(K, V) > 128 else ('hopper',):
+        reason = why_not(feature)
+        if reason is not None:
+            warn_once(feature)
+            return reason
+    return None
 
 
 @functools.cache
-def hopper_sweeps(device: torch.device):
-    """The module of the sweeps for Hopper, on one, if they are not turned off."""
-    if not is_hopper(device) or os.environ.get('FLA_SIMPLE_GLA_HOPPER') == '0':
-        return None
-    if '.'.join(triton.__version__.split('.')[:2]) not in GLUON:
-        return None
-    from . import _hopper
-    return _hopper
-
-
 def hopper_module(K: int, V: int, dtype: torch.dtype, device: torch.device):
     """The module of the sweeps for Hopper for such states, if there is one."""
-    module = hopper_sweeps(device)
-    if module is None or dtype.itemsize != 2 or K % 8 or V % 8 or max(K, V) > 256:
+    if not is_hopper(device) or why_no_hopper_sweeps(K, V, dtype, device) is not None:
         return None
     if max(K, V) <= 128:
-        return module
-    # the ptxas of 3.9 puts a wait behind every product of the wide ones (C7512)
-    if triton.__version__.startswith('3.9'):
-        return None
+        from . import _hopper
+        return _hopper
     from . import _hopper_wide
     return _hopper_wide
 
@@ -367,196 +396,114 @@ def hopper_module(K: int, V: int, dtype: torch.dtype, device: torch.device):
 def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor):
     """The module of the sweeps for Hopper if they take these tensors."""
     module = hopper_module(q.shape[-1], v.shape[-1], q.dtype, q.device)
-    if module is None or not hopper_sweeps(q.device).takes(q, k, v, *others):
+    if module is None or not module.takes(q, k, v, *others):
         return None
     return module
 
 
-def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None, pool=None, indices=None):
+def outputs(inputs: Inputs, state: torch.Tensor | None, c: torch.Tensor | None, hopper, setting: Setting, output: bool):
     """`o`, and the final state or None, from the states that the sequences or their segments start with. With indices the final states go
-    to these slots of the pool, which is returned.
+    to these slots of the pool, the initial state, which is returned.
 
     c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
     """
+    q, k, v, g, pool, cu_seqlens, indices, _ = inputs
     final_state = None
     if indices is not None:
         final_state = pool
-    elif output_final_state:
-        N = count_sequences(q.shape[0], cu_seqlens)
-        final_state = empty(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    options = dict(segment=segment, state_in=state, state_out=final_state, indices=indices)
-    if hopper:
-        o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, **options)
-    else:
-        o, *_ = sweep(q, k, v, c, scale, cu_seqlens, precision, **options)
+    elif output:
+        final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    operands = Operands(q, k, v, g if hopper else c, state, final_state, cu_seqlens=cu_seqlens, indices=indices)
+    o, *_ = (hopper.sweep if hopper else sweep)(operands, setting)
     return o, final_state
 
 
-def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment=None):
-    """dq and dk for each head of v, dv, dg and dh0, each if it is needed, from the states that the sequences or their segments start
-    with, and from the gradients of those that they end with.
+def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting) -> Gradients:
+    """The gradients that are needed, those of q and k for each head of v. The states are those that the sequences or their segments start
+    with, and the gradients of those that they end with.
     """
-    need_q, need_k, need_v, need_g, need_h0 = needs
+    q, k, v, g, initial_state, cu_seqlens, *_ = inputs
+    state, dstate = states
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = hopper_for(q, k, v, do)
     # Where dk and dv are made one after the other they have the memory of dv for more anchors. Wide states need them: with 384 tokens the
     # error of dg was 7.6e-3 at K 256, V 160.
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
-    BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
+    setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if one_reverse_sweep else 256))
     anchors = None
     dq = dk = dv = dg = dh0 = y = None
-    if need_g:
+    if needs.g:
         size = hopper.anchor_size(K, V) if hopper else K * V
-        anchors = empty(q, count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
-    if need_h0:
+        anchors = empty(q, count_slots(B, T, setting.BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
+    if needs.initial_state:
         dh0 = empty(initial_state, *initial_state.shape)
 
     if hopper:
-        BT = hopper.CHUNK
-        run = functools.partial(hopper.sweep, g=g)
+        BT, gates, run = hopper.CHUNK, g, hopper.sweep
     else:
-        if c is None and g is not None:
-            c = sweep_gates(q, v, g, cu_seqlens)
-        BT = 0 if c is None else c.shape[-1]
-        run = functools.partial(sweep, c=c, precision=precision)
-    run = functools.partial(run, scale=scale, cu_seqlens=cu_seqlens, segment=segment, BA=BA)
-    if need_q or need_g:
-        dq, w, y, *_ = run(do, v, k, state_in=transposed(state), x=q if need_g else None, anchors=anchors)
+        gates, run = sweep_gates(inputs) if c is None else c, sweep
+        BT = 0 if gates is None else gates.shape[-1]
+    common = dict(cu_seqlens=cu_seqlens, anchors=anchors)
+    if needs.q or needs.g:
+        dq, w, y, *_ = run(Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common), setting)
+    setting = setting._replace(reverse=True)
     if one_reverse_sweep:
-        if need_k or need_v or need_g or need_h0:
-            dk, dv, z, s_ds = hopper.reverse_sweep(
-                q, k, v, g, do, scale, cu_seqlens, segment=segment, state_in=dstate, state_out=dh0, anchors=anchors, BA=BA,
-            )
+        if needs.k or needs.v or needs.g or needs.initial_state:
+            dk, dv, z, s_ds = hopper.reverse_sweep(Operands(q, k, v, gates, dstate, dh0, **common), do, setting)
     else:
-        if need_k or need_g:
-            dk, z, pairs, s_ds = run(v, do, q, state_in=transposed(dstate), x=k if need_g else None, anchors=anchors, reverse=True)
+        if needs.k or needs.g:
+            operands = Operands(v, do, q, gates, transposed(dstate), x=k if needs.g else None, **common)
+            dk, z, pairs, s_ds = run(operands, setting)
             y = pairs if y is None else y
-        anchors = None
-        if need_v or need_h0:
-            dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
-    if need_g:
-        dg = gate_gradient(g, w, y, z, s_ds, BA, BT, q.dtype, initial_state is not None, cu_seqlens)
-    return dq, dk, dv, dg, dh0
+            del operands
+        del common, anchors
+        if needs.v or needs.initial_state:
+            dv, *_ = run(Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens), setting)
+    if needs.g:
+        dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting.BA, BT)
+    return Gradients(dq, dk, dv, dg, dh0)
 
 
-@recorded
-def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, hopper, scale, output_final_state, precision):
-    c = None if hopper else sweep_gates(q, v, g, cu_seqlens)
-    pool = initial_state
-    results = outputs(
-        q, k, v, g, c, initial_state, cu_seqlens, hopper, scale, output_final_state, precision, pool=pool, indices=indices,
-    )
-    return *results, c
+@device_pass
+def forward_pass(inputs: Inputs, options: Options, hopper):
+    c = None if hopper else sweep_gates(inputs)
+    setting = Setting(options.scale, precision=options.precision)
+    return *outputs(inputs, inputs.initial_state, c, hopper, setting, options.output), c
 
 
-@recorded
-def backward_pass(q, k, v, g, c, do, initial_state, dht, cu_seqlens, needs, scale, precision):
-    return gradients(q, k, v, g, c, do, initial_state, initial_state, dht, cu_seqlens, needs, scale, precision)
+@device_pass
+def backward_pass(inputs: Inputs, c, do, dht, needs: Gradients, options: Options) -> Gradients:
+    return gradients(inputs, (inputs.initial_state, dht), c, do, needs, Setting(options.scale, precision=options.precision))
 
 
-def forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens, indices=None):
-    """What `forward_pass` returns, and how fp32 products were computed; q, k and v have rows in place."""
-    precision = fp32_precision(q.dtype)
-    hopper = plan.once(hopper_for, q, k, v)
-    tensors = q, k, v, g, initial_state, cu_seqlens, indices
-    return *forward_pass(tensors, hopper, plan.scale, output_final_state, precision, plan=plan), precision
+def as_sweeps_read(do: torch.Tensor, inputs: Inputs, plan: Plan) -> torch.Tensor:
+    """do, or a copy where only its layout keeps the sweeps for Hopper from it: the plain ones take twice as long.
+
+    A mean over tokens has such a gradient, with a stride of 0 along T.
+    """
+    if plan.once(hopper_for, *inputs[:3]) and not hopper_for(*inputs[:3], do):
+        return do.contiguous()
+    return do
 
 
-def backward(q, k, v, g, c, do, h0, dht, cu_seqlens, needs, scale, precision):
-    do = torch.zeros_like(v) if do is None else rows_in_place(do)
-    dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, c, do, h0, dht, cu_seqlens), needs, scale, precision)
-    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+def forward(inputs: Inputs, plan: Plan) -> Results:
+    o, final_state, c = forward_pass(inputs, plan.options, plan.once(hopper_for, *inputs[:3]))
+    return Results(o, final_state, gates=c)
 
 
-class FusedChunk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, cu_seqlens):
-        q, k, v = map(rows_in_place, (q, k, v))
-        o, final_state, c, precision = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
-        # c is small, and no saved tensor: the operator has none either
-        ctx.c, ctx.scale, ctx.precision = c, plan.scale, precision
-        ctx.set_materialize_grads(False)
-        return o, final_state
-
-    @staticmethod
-    def backward(ctx, do, dht):
-        q, k, v, g, h0, cu_seqlens = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        if goes_by_operator(do, dht):
-            dq, dk, dv, dg, dh0 = operators.gradients(q, k, v, g, h0, cu_seqlens, None, do, dht, ctx.scale, False, needs)
-        else:
-            dq, dk, dv, dg, dh0 = backward(q, k, v, g, ctx.c, do, h0, dht, cu_seqlens, needs, ctx.scale, ctx.precision)
-        return dq, dk, dv, dg, None, dh0, None, None
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+    (_, c), (do, dht) = kept, given
+    return backward_pass(inputs, c, as_sweeps_read(do, inputs, plan), dht, needs, plan.options)
 
 
-def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, _):
-    q, k, v = map(rows_in_place, (q, k, v))
-    plan = plan_for(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    o, final_state, *_ = forward(q, k, v, g, plan, initial_state, output_final_state, cu_seqlens)
-    return o, final_state, None
+def naive(inputs: Inputs, options: Options):
+    q, k, v, g, initial_state, cu_seqlens, *_ = inputs
+    scale, output, _, chunk_size, _ = options
+    return naive_chunk_simple_gla(q, k, v, g, initial_state, output, chunk_size, scale, cu_seqlens=cu_seqlens)
 
 
-def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, _, do, dht, scale, reverse, needs):
-    q, k, v = map(rows_in_place, (q, k, v))
-    return backward(q, k, v, g, None, do, initial_state, dht, cu_seqlens, tuple(needs), scale, fp32_precision(q.dtype))
-
-
-def in_place(forward, q, k, v, g, pool, cu_seqlens, indices, _, scale, output, reverse, state_v_first, plan=None):
-    """`o`, and None; the pool gets the final states. `forward` is that of a mode."""
-    plan = plan or plan_for(q, k, v, g, None, scale, pool, cu_seqlens, state_v_first, indices)
-    pool = transposed(pool, state_v_first)
-    if runs_kernels(q):
-        o, *_ = forward(*map(rows_in_place, (q, k, v)), g, plan, pool, True, cu_seqlens, indices)
-        torch.autograd.graph.increment_version(pool)
-    else:
-        o = in_pool(functools.partial(naive_chunk_simple_gla, q, k, v, g, scale=scale, cu_seqlens=cu_seqlens), pool, indices, cu_seqlens)
-    return o, None
-
-
-def naive(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse=False, chunk_size=64):
-    return naive_chunk_simple_gla(q, k, v, g, initial_state, output_final_state, chunk_size, scale, cu_seqlens=cu_seqlens)
-
-
-operators = Operators('fused_chunk', forward_of_operator, backward_of_operator, naive, functools.partial(in_place, forward))
-
-
-def compute(
-    function, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first, state_indices,
-    chunk_size=64,
-):
-    """A call of a mode, by the way that its tensors ask for."""
-    q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices)
-    way = way_of(plan, q, k, v, g, g_gamma, initial_state)
-    if state_indices is not None:
-        check_no_gradients(q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
-    if g_gamma is not None:
-        g = g_gamma.expand(v.shape[:3])
-    if state_indices is not None:
-        arguments = q, k, v, g, initial_state, cu_seqlens, state_indices, None, plan.scale, True, False, state_v_first
-        o, _ = operators.write(*arguments) if way == 'operators' else in_place(forward, *arguments, plan)
-        return o, initial_state
-    h0 = transposed(initial_state, state_v_first)
-    if way == 'kernels':
-        o, ht = apply(function, plan, q, k, v, g, plan, h0, output_final_state, cu_seqlens)
-    elif way == 'operators':
-        o, ht = operators(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state)
-    else:
-        o, ht = naive(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, chunk_size=chunk_size)
-    return o, transposed(ht, state_v_first)
-
-
-def fp32_precision(dtype: torch.dtype) -> str | None:
-    """How fp32 products are computed: to fp32 accuracy, or in tf32 where the user has allowed it in PyTorch."""
-    if dtype != torch.float32:
-        return None
-    matmul = torch.backends.cuda.matmul
-    # since torch 2.9 there is a new setting, which follows the older ones, while these raise once it was used
-    if matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32:
-        return 'tf32'
-    return 'ieee' if torch.version.hip else 'tf32x3'
+mode = Mode('fused_chunk', forward, backward, naive)
 
 
 def fused_chunk_simple_gla(
@@ -625,7 +572,7 @@ def fused_chunk_simple_gla(
         >>> states.shape
         torch.Size([2, 4, 64, 64])
     """
-    return compute(
-        FusedChunk, operators, forward, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, state_v_first,
-        state_indices,
-    )
+    return mode(Call(
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, scale=scale, output_final_state=output_final_state, state_v_first=state_v_first,
+        state_indices=state_indices,
+    ))  # fmt: skip

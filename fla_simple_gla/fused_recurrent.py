@@ -23,19 +23,19 @@ run for dk keeps this sum; the terms (q_t . k_t)(do_t . v_t), which are in both 
 leaves S at every `ANCHOR` tokens and at the end, so that no sum runs further.
 """
 
-import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 
 from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
-from ._launch import empty, launcher, plan_for, recorded
-from ._layout import rows_in_place, sum_heads, transposed
-from ._operators import Operators, apply, goes_by_operator, way_of
-from ._pool import in_pool
-from ._triton import jit, runs_kernels, tl, triton
-from ._validation import check_no_gradients, under_autocast
+from ._launch import device_pass, empty, launcher
+from ._layout import transposed
+from ._mode import Mode
+from ._plans import Gradients, Inputs, Options, Plan, Results
+from ._triton import jit, tl, triton
+from ._validation import Call
 from .naive import naive_recurrent_simple_gla
 
 # Tokens between two anchors of the gate gradient: an fp32 sum of so many terms is good to about 2e-6.
@@ -63,7 +63,7 @@ def recurrent_kernel(
     x,  # [B, T, H // GV, V], or None
     w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
     anchors,  # [slots, H, K, V]: states behind the last tokens of anchor blocks, likewise
-    dg,  # [NV, B, H, T], the V tile's part, left by the adjoint
+    dg,  # [NV, B, T, H], the V tile's part, left by the adjoint
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the pool; or None
     scale,
@@ -117,6 +117,8 @@ def recurrent_kernel(
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
+        if ADJOINT:
+            dg += i_v.to(tl.int64) * part + (i_b * T + bos) * H + i_h
     i_p = state_slot(indices, i_n, N)
     if cu_seqlens is not None or indices is not None:
         # the tokens behind the last sequence, and padding
@@ -125,8 +127,8 @@ def recurrent_kernel(
                 tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
                 o += H * V
                 if ADJOINT and x is not None:
-                    tl.store(dg + o_w, 0.0)
-                    o_w += 1
+                    tl.store(dg, 0.0)
+                    dg += H
             return
 
     if x is not None:
@@ -187,7 +189,7 @@ def recurrent_kernel(
             if ADJOINT:
                 # nothing crosses a reset: what is left of the sum there is its rounding
                 running = tl.where(gate < UNDERFLOW, 0.0, running + tl.load(w + o_w + i_t) - x_o)
-                tl.store(dg + o_w + i_t, running)
+                tl.store(dg + i_t * H, running)
             else:
                 tl.store(w + o_w + i_t, x_o)
 
@@ -213,28 +215,52 @@ def recurrent_kernel(
             tl.store(state_out, b_s, mask=m_s)
 
 
-def run_recurrence(
-    q, k, v, g, scale, cu_seqlens, *, state_in=None, state_out=None, states=None, indices=None, x=None, w=None, anchors=None,
-    reverse=False, adjoint=False,
-):
-    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, H, T]`. With indices, state_in is a pool, and
-    gets the last states too.
-
-    H is the number of heads of the states; each of q and k, and of v and x, have it or a divisor of it.
+class Operands(NamedTuple):
+    """What a run reads, q, k, v and x in their roles, and where it leaves states. With indices state_in is a pool, and gets the last
+    states too.
     """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    state_in: torch.Tensor | None = None
+    state_out: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
+    w: torch.Tensor | None = None  # these products, from the forward run for dq
+    anchors: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+    def sizes(self) -> tuple[int, ...]:
+        """B, T, H, K, V; H is that of the states, of which each of q and k, and of v and x, have it or a divisor of it."""
+        B, T, HQ, K = self.q.shape
+        HV, V = self.v.shape[2:]
+        return B, T, max(HQ, HV), K, V
+
+
+def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: bool = False):
+    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, T, H]`."""
+    q, k, v, g, state_in, state_out, states, x, w, anchors, cu_seqlens, indices = operands
+    B, T, H, K, V = operands.sizes()
     o = empty(q, B, T, H, V)
-    dg = None
+    left = dg = None
     if x is not None:
-        left = empty(q, triton.cdiv(V, recurrence_config(K, V, None)[0]), B, H, T, dtype=torch.float32)
-        w, dg = (w, left) if adjoint else (left, None)
-    # with packed sequences one more, the tokens behind them, which gets zeros
-    sequences = count_sequences(B, cu_seqlens) + (cu_seqlens is not None)
-    if sequences:
-        launch_recurrence((q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices), scale, reverse, adjoint)
-    return o, dg if adjoint else w
+        NV = triton.cdiv(V, recurrence_config(K, V, None)[0])
+        if adjoint:
+            left = dg = empty(q, NV, B, T, H, dtype=torch.float32)
+        else:
+            left = w = empty(q, NV, B, H, T, dtype=torch.float32)
+    if count_runs(B, cu_seqlens):
+        tensors = q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices
+        launch_recurrence(tensors, scale, reverse, adjoint)
+    return o, left
+
+
+def count_runs(B: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Sequences; with packed ones one more, the tokens after them, which get zeros."""
+    return count_sequences(B, cu_seqlens) + (cu_seqlens is not None)
 
 
 def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.Tensor | None = None) -> tuple[int, int]:
@@ -262,128 +288,82 @@ def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.T
 
 
 @launcher
-def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices, scale, reverse, adjoint):
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
-    N = count_sequences(B, cu_seqlens)
+def launch_recurrence(tensors, scale, reverse, adjoint):
+    q, k, v, g, state_in, _, state_out, states, x, *_, cu_seqlens, indices = tensors
+    B, T, H, K, V = Operands(q, k, v, g).sizes()
     BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
-        q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices,
-        scale, N, T,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
-        *((0, 0) if state_in is None else state_in.stride()[:2]), *((0, 0) if state_out is None else state_out.stride()[:2]),
-        *((0, 0, 0) if states is None else states.stride()[:3]),
+        *tensors,
+        scale, count_sequences(B, cu_seqlens), T,
+        *strides(q, 0, 3), *strides(k, 0, 3), *strides(v, 0, 3), *strides(g, 0, 3), *strides(x, 0, 3),
+        *strides(state_in, 0, 2), *strides(state_out, 0, 2), *strides(states, 0, 3),
         B * H * T,
     )
-    constants = dict(H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR)
+    constants = dict(H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR)
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
     constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
-    return recurrent_kernel, ((N + (cu_seqlens is not None)) * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return recurrent_kernel, (count_runs(B, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
-@recorded
-def forward_pass(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse):
-    """`o`, and the final state or None. With indices initial_state is a pool, and gets the final states."""
+def strides(x: torch.Tensor | None, first: int, end: int) -> tuple[int, ...]:
+    return (0,) * (end - first) if x is None else x.stride()[first:end]
+
+
+@device_pass
+def forward_pass(inputs: Inputs, options: Options):
+    """`o`, and the final state or None. With indices the initial state is a pool, and gets the final states."""
+    q, k, v, g, initial_state, cu_seqlens, indices, states = inputs
     final_state = None
-    if output_final_state and indices is None:
+    if options.output and indices is None:
         final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    o, _ = run_recurrence(
-        q, k, v, g, scale, cu_seqlens, state_in=initial_state, state_out=final_state, states=states, indices=indices, reverse=reverse,
-    )
+    operands = Operands(q, k, v, g, initial_state, final_state, states, cu_seqlens=cu_seqlens, indices=indices)
+    o, _ = run_recurrence(operands, options.scale, options.reverse)
     return o, final_state
 
 
-@recorded
-def backward_pass(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, scale, reverse):
-    """dq and dk for each head of v, dv, dg `[NV, B, H, T]`, to be added up, and dh0, each if it is needed."""
-    need_q, need_k, need_v, need_g, need_h0 = needs
-    run = functools.partial(run_recurrence, g=g, scale=scale, cu_seqlens=cu_seqlens, reverse=reverse)
-
+@device_pass
+def backward_pass(inputs: Inputs, do, dht, needs: Gradients, options: Options) -> Gradients:
+    """The gradients that are needed, those of q and k for each head of v, and dg `[NV, B, T, H]`, to be added up."""
+    q, k, v, g, initial_state, cu_seqlens, *_ = inputs
+    scale, reverse = options.scale, options.reverse
     w = anchors = None
     dq = dk = dv = dg = dh0 = None
-    if need_g:
+    if needs.g:
         B, T, H, V = v.shape
         anchors = empty(q, count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
-    if need_q or need_g:
-        dq, w = run(do, v, k, state_in=transposed(initial_state), x=q if need_g else None, anchors=anchors)
-    if need_k or need_g:
-        dk, dg = run(v, do, q, state_in=transposed(dht), x=k if need_g else None, w=w, anchors=anchors, adjoint=True)
-    if need_h0:
+    common = dict(anchors=anchors, cu_seqlens=cu_seqlens)
+    if needs.q or needs.g:
+        operands = Operands(do, v, k, g, transposed(initial_state), x=q if needs.g else None, **common)
+        dq, w = run_recurrence(operands, scale, reverse)
+    if needs.k or needs.g:
+        operands = Operands(v, do, q, g, transposed(dht), x=k if needs.g else None, w=w, **common)
+        dk, dg = run_recurrence(operands, scale, reverse, adjoint=True)
+    if needs.initial_state:
         dh0 = empty(initial_state, *initial_state.shape)
-    if need_v or need_h0:
-        dv, _ = run(k, q, do, state_in=dht, state_out=dh0, adjoint=True)
-    return dq, dk, dv, dg, dh0
+    if needs.v or needs.initial_state:
+        dv, _ = run_recurrence(Operands(k, q, do, g, dht, dh0, cu_seqlens=cu_seqlens), scale, reverse, adjoint=True)
+    return Gradients(dq, dk, dv, dg, dh0)
 
 
-def backward(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, scale, reverse):
-    do = torch.zeros_like(v) if do is None else rows_in_place(do)
-    dq, dk, dv, dg, dh0 = backward_pass((q, k, v, g, do, initial_state, dht, cu_seqlens), needs, scale, reverse)
-    if dg is not None:
-        dg = dg.sum(0).transpose(1, 2).to(g.dtype)
-    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dh0
+def forward(inputs: Inputs, plan: Plan) -> Results:
+    return Results(*forward_pass(inputs, plan.options))
 
 
-class FusedRecurrent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, plan, initial_state, output_final_state, reverse, cu_seqlens):
-        q, k, v = map(rows_in_place, (q, k, v))
-        tensors = q, k, v, g, initial_state, cu_seqlens, None, None
-        o, final_state = forward_pass(tensors, plan.scale, output_final_state, reverse, plan=plan)
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
-        ctx.scale, ctx.reverse = plan.scale, reverse
-        ctx.set_materialize_grads(False)
-        return o, final_state
-
-    @staticmethod
-    def backward(ctx, do, dht):
-        q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[5])
-        if goes_by_operator(do, dht):
-            dq, dk, dv, dg, dh0 = operators.gradients(
-                q, k, v, g, initial_state, cu_seqlens, None, do, dht, ctx.scale, ctx.reverse, needs,
-            )
-        else:
-            dq, dk, dv, dg, dh0 = backward(q, k, v, g, do, initial_state, dht, cu_seqlens, needs, ctx.scale, ctx.reverse)
-        return dq, dk, dv, dg, None, dh0, None, None, None
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+    found = backward_pass(inputs, *given, needs, plan.options)
+    return found if found.g is None else found._replace(g=found.g.sum(0).to(inputs.g.dtype))
 
 
-def forward_of_operator(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse):
-    tensors = *map(rows_in_place, (q, k, v)), g, initial_state, cu_seqlens, None, None
-    return *forward_pass(tensors, scale, output_final_state, reverse), None
-
-
-def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, _, do, dht, scale, reverse, needs):
-    return backward(*map(rows_in_place, (q, k, v)), g, do, initial_state, dht, cu_seqlens, tuple(needs), scale, reverse)
-
-
-def in_place(q, k, v, g, initial_state, cu_seqlens, indices, states, scale, output_final_state, reverse, state_v_first, plan=None):
-    """`o`, and the final state or None. With indices initial_state is a pool, and gets the final states; states, if they are given, get
-    that behind every token.
-    """
-    h0, states = transposed(initial_state, state_v_first), transposed(states, state_v_first)
-    if runs_kernels(q):
-        tensors = *map(rows_in_place, (q, k, v)), g, h0, cu_seqlens, indices, states
-        results = forward_pass(tensors, scale, output_final_state, reverse, plan=plan)
-        for written in (h0 if indices is not None else None, states):
-            if written is not None:
-                torch.autograd.graph.increment_version(written)
-        return results
-    run = functools.partial(naive, q, k, v, g, cu_seqlens=cu_seqlens, scale=scale, reverse=reverse, states=states)
-    if indices is None:
-        return run(initial_state=h0, output_final_state=output_final_state)
-    return in_pool(run, h0, indices, cu_seqlens, states), None
-
-
-def naive(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, reverse, states=None):
+def naive(inputs: Inputs, options: Options):
+    q, k, v, g, initial_state, cu_seqlens, _, states = inputs
     return naive_recurrent_simple_gla(
-        q, k, v, g, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, reverse=reverse, intermediate_states_buffer=states,
+        q, k, v, g, options.scale, initial_state, options.output, cu_seqlens=cu_seqlens, reverse=options.reverse,
+        intermediate_states_buffer=states,
     )
 
 
-operators = Operators('fused_recurrent', forward_of_operator, backward_of_operator, naive, in_place)
+mode = Mode('fused_recurrent', forward, backward, naive)
 
 
 def fused_recurrent_simple_gla(
@@ -463,30 +443,7 @@ def fused_recurrent_simple_gla(
         if not torch.compiler.is_compiling():
             warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
-    q, k, v = under_autocast(q, k, v)
-    plan = plan_for(
-        q, k, v, g, g_gamma, scale, initial_state, cu_seqlens, state_v_first, state_indices, intermediate_states_buffer,
-    )
-    way = way_of(plan, q, k, v, g, g_gamma, initial_state)
-    writes = state_indices is not None or intermediate_states_buffer is not None
-    if writes:
-        check_no_gradients(
-            q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state, intermediate_states_buffer=intermediate_states_buffer,
-        )
-    if g_gamma is not None:
-        g = g_gamma.expand(v.shape[:3])
-    if writes:
-        tensors = q, k, v, g, initial_state, cu_seqlens, state_indices, intermediate_states_buffer
-        options = plan.scale, output_final_state, reverse, state_v_first
-        o, ht = operators.write(*tensors, *options) if way == 'operators' else in_place(*tensors, *options, plan)
-        if state_indices is not None:
-            return o, initial_state
-        return o, transposed(ht, state_v_first) if output_final_state else None
-    h0 = transposed(initial_state, state_v_first)
-    if way == 'kernels':
-        o, ht = apply(FusedRecurrent, plan, q, k, v, g, plan, h0, output_final_state, reverse, cu_seqlens)
-    elif way == 'operators':
-        o, ht = operators(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, reverse)
-    else:
-        o, ht = naive(q, k, v, g, h0, cu_seqlens, plan.scale, output_final_state, reverse)
-    return o, transposed(ht, state_v_first)
+    return mode(Call(
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, scale=scale, output_final_state=output_final_state, state_v_first=state_v_first,
+        reverse=reverse, state_indices=state_indices, intermediate_states_buffer=intermediate_states_buffer,
+    ))  # fmt: skip

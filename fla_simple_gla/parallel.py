@@ -27,20 +27,20 @@ Both round the same products to the inputs' dtype, so that over the tokens of a 
 of fp32 only. What goes from before the block's end to behind it is summed directly, from what the walk for dq has before each tile.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import empty, launcher, plan_for, recorded, zeros
-from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, use_descriptors
-from ._operators import Operators, apply, goes_by_operator, way_of
+from ._launch import device_pass, empty, launcher, zeros
+from ._layout import is_hopper, load_rows, open_rows, store_rows, use_descriptors
+from ._mode import Mode
+from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl, triton
-from ._validation import check_cu_seqlens_cpu, under_autocast
-from .fused_chunk import fp32_precision
+from ._validation import Call
 from .fused_chunk import hopper_for as sweeps_for
+from .fused_chunk import strides
 from .naive import naive_parallel_simple_gla
 
 
@@ -421,74 +421,107 @@ def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -
     return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
 
 
+class Gates(NamedTuple):
+    """What the walks read of the gates: their sums in blocks, and what `block_sums` returns of these. All None without gates."""
+
+    c: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    ranges: torch.Tensor | None = None
+
+
+class Operands(NamedTuple):
+    """What a walk reads, q, k, v and x in their roles."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: Gates
+    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
+    cu_seqlens: torch.Tensor | None = None
+
+    def sizes(self) -> tuple[int, ...]:
+        """B, T, H, K, V; each of q and k, and of v and x, have H heads or a divisor of it."""
+        B, T, HQ, K = self.q.shape
+        HV, V = self.v.shape[2:]
+        return B, T, max(HQ, HV), K, V
+
+
+class Setting(NamedTuple):
+    """How a walk goes: the numbers that a launch depends on beside the layouts of its tensors."""
+
+    scale: float
+    reverse: bool = False
+    precision: str | None = None
+
+
 @launcher
-def launch_attention(q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens, scale, reverse, tma, precision):
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+def launch_attention(tensors, setting):
+    q, k, v, c, _, o, x, *_, cu_seqlens = tensors
+    B, T, H, K, V = Operands(q, k, v, c).sizes()
     BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
     slots = count_slots(B, T, BT, cu_seqlens)
     args = (
-        q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens,
-        scale, count_sequences(B, cu_seqlens), T,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
+        *tensors,
+        setting.scale, count_sequences(B, cu_seqlens), T,
+        *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3),
         B * H * T, 0 if c is None else c[0].numel(), slots, triton.cdiv(T, BT),
     )
     constants = dict(
-        H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
-        REVERSE=reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=tma, PRECISION=precision, STAGES=stages, num_warps=warps,
+        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
+        REVERSE=setting.reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
+        PRECISION=setting.precision, STAGES=stages, num_warps=warps,
     )
     return attention_kernel, (slots * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
-def attend(q, k, v, c, sums, scale, cu_seqlens, precision, *, x=None, output_attentions=False, reverse=False):
+def attend(operands: Operands, setting: Setting, output_attentions: bool = False):
     """One walk: `o`; the attention map or None; with x also the rows `x . o [NV, B, H, T]` and, not in reverse, what of them
     comes from before each block `[NV, slots, H, NB]`.
     """
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    q, k, v, (c, sums, _), x, cu_seqlens = operands
+    B, T, H, K, V = operands.sizes()
     config = attention_config(K, V, q.dtype, q.device)
     BT, NV = config.BT, triton.cdiv(V, config.BV)
-    slots, NB = count_slots(B, T, BT, cu_seqlens), triton.cdiv(T, BT)
     o = empty(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
-        if not reverse:
+        if not setting.reverse:
             # zeros, because tiles without anything are skipped
-            crossing = zeros(q, NV, slots, H, NB, dtype=torch.float32)
+            crossing = zeros(q, NV, count_slots(B, T, BT, cu_seqlens), H, triton.cdiv(T, BT), dtype=torch.float32)
     attention = zeros(q, B, H, T, T) if output_attentions else None
     if o.numel():
-        tensors = q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens
-        launch_attention(tensors, scale, reverse, use_descriptors(q, k, v, o, x), precision)
+        launch_attention((q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens), setting)
     return o, attention, x_o, crossing
 
 
 @launcher
-def launch_block_sums(c, sums, ranges, cu_seqlens, scale, N, T):
+def launch_block_sums(tensors, scale, N, T):
+    c, *_ = tensors
     _, slots, H, BT = c.shape
-    args = c, sums, ranges, cu_seqlens, scale, N, T, c[0].numel(), slots
+    args = *tensors, scale, N, T, c[0].numel(), slots
     return block_sums_kernel, (N * H, 1, 1), args, dict(H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4)
 
 
-def block_sums(c: torch.Tensor, B: int, T: int, cu_seqlens: torch.Tensor | None, scale: float, with_ranges: bool):
+def block_sums(c: torch.Tensor, inputs: Inputs, scale: float, with_ranges: bool):
     """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64; and, or None, which blocks reach which,
     `[2, slots, H]` in int32.
     """
+    B, T = inputs.q.shape[:2]
     slots, H = c.shape[1:3]
     sums = empty(c, 3, slots, H, dtype=torch.float64)
     ranges = empty(c, 2, slots, H, dtype=torch.int32) if with_ranges else None
     if sums.numel():
-        launch_block_sums((c, sums, ranges, cu_seqlens), scale, count_sequences(B, cu_seqlens), T)
+        launch_block_sums((c, sums, ranges, inputs.cu_seqlens), scale, count_sequences(B, inputs.cu_seqlens), T)
     return sums, ranges
 
 
 @launcher
-def launch_gate_gradient(g, dg, w, z, crossing, cu_seqlens, BT):
+def launch_gate_gradient(tensors, BT):
+    g, _, w, _, crossing, cu_seqlens = tensors
     B, T, H = g.shape
     NC, slots, _, NB = crossing.shape
-    args = g, dg, w, z, crossing, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB
+    args = *tensors, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB
     return gate_gradient_kernel, (slots * H, 1, 1), args, dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
 
 
@@ -500,7 +533,7 @@ def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
     return dg
 
 
-def hopper_for(q, k, v):
+def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     """The module of the walks for Hopper if they take these tensors."""
     if max(q.shape[-1], v.shape[-1]) > 128 or sweeps_for(q, k, v) is None:
         return None
@@ -508,110 +541,80 @@ def hopper_for(q, k, v):
     return _hopper_parallel
 
 
-def sums_of_gates(q, v, g, cu_seqlens, hopper, scale):
-    """The sums of the gates inside blocks, and what `block_sums` returns of them."""
+def sums_of_gates(inputs: Inputs, hopper, scale: float) -> Gates:
+    q, v, g = inputs.q, inputs.v, inputs.g
+    if g is None:
+        return Gates()
     BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
-    c = chunk_gates(g, BT, q.dtype == torch.float32, cu_seqlens)
-    return c, *block_sums(c, *q.shape[:2], cu_seqlens, scale, hopper is not None)
+    c = chunk_gates(g, BT, q.dtype == torch.float32, inputs.cu_seqlens)
+    return Gates(c, *block_sums(c, inputs, scale, hopper is not None))
 
 
-@recorded
-def forward_pass(q, k, v, g, cu_seqlens, hopper, scale, output_attentions, precision):
-    c = sums = ranges = attention = None
-    if g is not None:
-        c, sums, ranges = sums_of_gates(q, v, g, cu_seqlens, hopper, scale)
+@device_pass
+def forward_pass(inputs: Inputs, options: Options, hopper):
+    """o, the attention map or None, and what the backward reads of the gates."""
+    gates = sums_of_gates(inputs, hopper, options.scale)
+    operands = Operands(*inputs[:3], gates, cu_seqlens=inputs.cu_seqlens)
+    setting = Setting(options.scale, precision=options.precision)
     if hopper:
-        o, *_ = hopper.walk(q, k, v, c, sums, ranges, scale, cu_seqlens)
-    else:
-        o, attention, *_ = attend(q, k, v, c, sums, scale, cu_seqlens, precision, output_attentions=output_attentions)
-    return o, attention, c, sums, ranges
+        o, *_ = hopper.walk(operands, setting)
+        return o, None, gates
+    o, attention, *_ = attend(operands, setting, options.output)
+    return o, attention, gates
 
 
-@recorded
-def backward_pass(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, scale, precision):
-    """dq and dk for each head of v, dv and dg, each if it is needed."""
-    need_q, need_k, need_v, need_g = needs
-    if c is None and g is not None:
-        c, sums, ranges = sums_of_gates(q, v, g, cu_seqlens, hopper, scale)
-    if hopper:
-        forward = functools.partial(hopper.walk, c=c, sums=sums, ranges=ranges, scale=scale, cu_seqlens=cu_seqlens)
-    else:
-        forward = functools.partial(attend, c=c, sums=sums, scale=scale, cu_seqlens=cu_seqlens, precision=precision)
-    reverse = functools.partial(forward, reverse=True)
+@device_pass
+def backward_pass(inputs: Inputs, gates: Gates | None, do, needs: Gradients, options: Options, hopper) -> Gradients:
+    """The gradients that are needed, those of q and k for each head of v."""
+    q, k, v, g, _, cu_seqlens, *_ = inputs
+    if gates is None:
+        gates = sums_of_gates(inputs, hopper, options.scale)
+    walk = hopper.walk if hopper else attend
+    forward = Setting(options.scale, precision=options.precision)
+    reverse = forward._replace(reverse=True)
     dq = dk = dv = dg = None
-    if need_q or need_g:
-        dq, *_, w, crossing = forward(do, v, k, x=q if need_g else None)
-    if need_k or need_g:
-        dk, *_, z, _ = reverse(v, do, q, x=k if need_g else None)
-    if need_g:
-        dg = gate_gradient(g, w, z, crossing, c.shape[-1], cu_seqlens)
-    if need_v:
-        dv, *_ = reverse(k, q, do)
-    return dq, dk, dv, dg
+    if needs.q or needs.g:
+        dq, *_, w, crossing = walk(Operands(do, v, k, gates, q if needs.g else None, cu_seqlens), forward)
+    if needs.k or needs.g:
+        dk, *_, z, _ = walk(Operands(v, do, q, gates, k if needs.g else None, cu_seqlens), reverse)
+    if needs.g:
+        dg = gate_gradient(g, w, z, crossing, gates.c.shape[-1], cu_seqlens)
+    if needs.v:
+        dv, *_ = walk(Operands(k, q, do, gates, cu_seqlens=cu_seqlens), reverse)
+    return Gradients(dq, dk, dv, dg, None)
 
 
-def forward(q, k, v, g, plan, output_attentions, cu_seqlens):
-    """What `forward_pass` returns, how fp32 products were computed, and the module for Hopper or None; q, k and v have rows in place."""
-    precision = fp32_precision(q.dtype)
-    hopper = None if output_attentions else plan.once(hopper_for, q, k, v)
-    return *forward_pass((q, k, v, g, cu_seqlens), hopper, plan.scale, output_attentions, precision, plan=plan), precision, hopper
+def walks_for(inputs: Inputs, plan: Plan):
+    """The module of the walks for Hopper; None where it does not take these, or the attention map is wanted."""
+    return None if plan.options.output else plan.once(hopper_for, *inputs[:3])
 
 
-def backward(q, k, v, g, c, sums, ranges, do, cu_seqlens, needs, hopper, scale, precision):
-    do = rows_in_place(do)
-    if hopper and not hopper_for(q, k, do):
+def forward(inputs: Inputs, plan: Plan) -> Results:
+    o, attention, gates = forward_pass(inputs, plan.options, walks_for(inputs, plan))
+    return Results(o, attention, gates=gates)
+
+
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+    (_, gates), (do, _) = kept, given
+    hopper = walks_for(inputs, plan)
+    if hopper and not hopper_for(*inputs[:2], do):
         # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
         do = do.contiguous()
-    dq, dk, dv, dg = backward_pass((q, k, v, g, c, sums, ranges, do, cu_seqlens), needs, hopper, scale, precision)
-    return sum_heads(dq, q), sum_heads(dk, k), dv, dg
+    return backward_pass(inputs, gates, do, needs, plan.options, hopper)
 
 
-class Parallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, plan, output_attentions, cu_seqlens):
-        q, k, v = map(rows_in_place, (q, k, v))
-        o, attention, c, sums, ranges, precision, hopper = forward(q, k, v, g, plan, output_attentions, cu_seqlens)
-        ctx.save_for_backward(q, k, v, g, cu_seqlens)
-        # the sums of the gates are small, and no saved tensors: the operator has none either
-        ctx.gates, ctx.scale, ctx.precision, ctx.hopper = (c, sums, ranges), plan.scale, precision, hopper
-        if attention is not None:
-            ctx.mark_non_differentiable(attention)
-        return o, attention
-
-    @staticmethod
-    def backward(ctx, do, _):
-        q, k, v, g, cu_seqlens = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        if goes_by_operator(do):
-            gradients = operators.gradients(q, k, v, g, None, cu_seqlens, None, do, None, ctx.scale, False, (*needs, False))[:4]
-        else:
-            gradients = backward(q, k, v, g, *ctx.gates, do, cu_seqlens, needs, ctx.hopper, ctx.scale, ctx.precision)
-        return *gradients, None, None, None
+def naive(inputs: Inputs, options: Options):
+    q, k, v, g, _, cu_seqlens, *_ = inputs
+    o, attention = naive_parallel_simple_gla(q, k, v, g, options.scale, cu_seqlens=cu_seqlens)
+    return o, attention.detach().to(q.dtype) if options.output else None
 
 
-def forward_of_operator(q, k, v, g, _, cu_seqlens, scale, output_attentions, reverse):
-    q, k, v = map(rows_in_place, (q, k, v))
-    o, attention, *_ = forward(q, k, v, g, plan_for(q, k, v, g, None, scale, None, cu_seqlens), output_attentions, cu_seqlens)
-    return o, attention, None
+def map_like(inputs: Inputs) -> torch.Tensor:
+    B, T = inputs.q.shape[:2]
+    return inputs.q.new_empty(B, inputs.v.shape[2], T, T)
 
 
-def backward_of_operator(q, k, v, g, initial_state, cu_seqlens, states, do, _, scale, reverse, needs):
-    q, k, v = map(rows_in_place, (q, k, v))
-    precision, hopper = fp32_precision(q.dtype), hopper_for(q, k, v)
-    return *backward(q, k, v, g, None, None, None, do, cu_seqlens, tuple(needs[:4]), hopper, scale, precision), None
-
-
-def naive(q, k, v, g, _, cu_seqlens, scale, output_attentions, reverse=False):
-    o, attention = naive_parallel_simple_gla(q, k, v, g, scale, cu_seqlens=cu_seqlens)
-    return o, attention.detach().to(q.dtype) if output_attentions else None
-
-
-def map_like(q, v, cu_seqlens):
-    B, T = q.shape[:2]
-    return q.new_empty(B, v.shape[2], T, T)
-
-
-operators = Operators('parallel', forward_of_operator, backward_of_operator, naive, second_like=map_like)
+mode = Mode('parallel', forward, backward, naive, second_like=map_like)
 
 
 def parallel_simple_gla(
@@ -669,17 +672,6 @@ def parallel_simple_gla(
         >>> o.shape, attention.shape
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 100, 100]))
     """
-    q, k, v = under_autocast(q, k, v)
-    plan = plan_for(q, k, v, g, g_gamma, scale, None, cu_seqlens)
-    check_cu_seqlens_cpu(cu_seqlens_cpu, cu_seqlens)
-    if output_attentions and cu_seqlens is not None:
-        raise ValueError('output_attentions is not available with cu_seqlens: the map would be zero between sequences')
-    way = way_of(plan, q, k, v, g, g_gamma)
-    if g_gamma is not None:
-        g = g_gamma.expand(v.shape[:3])
-    if way == 'kernels':
-        return apply(Parallel, plan, q, k, v, g, plan, output_attentions, cu_seqlens)
-    if way == 'naive':
-        return naive(q, k, v, g, None, cu_seqlens, plan.scale, output_attentions)
-    o, attention = operators(q, k, v, g, None, cu_seqlens, plan.scale, output_attentions)
-    return o, None if attention is None else attention.detach()
+    return mode(Call(
+        q, k, v, g, g_gamma, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, scale=scale, output_attentions=output_attentions,
+    ))  # fmt: skip

@@ -14,20 +14,21 @@ from fla_simple_gla import (
     naive_recurrent_simple_gla,
     parallel_simple_gla,
 )
+from fla_simple_gla._cache import Cache
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
 
 
 @contextlib.contextmanager
-def segments_of(tokens: int, plans: dict):
+def segments_of(tokens: int, plans: Cache):
     """The chunk mode cuts sequences into segments of so many tokens, however few they are; those plans are for calls here alone."""
     choice = mock.patch('fla_simple_gla.chunk.segment_tokens', lambda rows, T, *_: tokens if rows and T else None)
-    with choice, mock.patch('fla_simple_gla._launch.plans', plans):
+    with choice, mock.patch('fla_simple_gla._plans.plans', plans):
         yield
 
 
-PLANS = {}
+PLANS = Cache(1000)
 
 
 def chunk_in_segments(*args, **kwargs):

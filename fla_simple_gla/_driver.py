@@ -1,0 +1,242 @@
+"""Launches of compiled kernels by the CUDA driver, without triton.
+
+The driver takes a kernel's parameters as one stretch of memory. Of a `Launch` all of it lies ready but the addresses. What the parameters
+are follows from the signature that triton compiled: what is not constant, in order; of a descriptor the encoded one, its shape and its
+strides; and at last the addresses of two scratches. Their sizes are compared with those that the kernel's PTX declares, and where these
+differ, or a launch asks for more than is known here, triton launches the kernel (`Variant.is_understood`).
+
+Memory: a launch keeps some 2 KB, and of each of its descriptors the encoded ones of the last `MAX_ADDRESSES` addresses, 200 bytes each.
+"""
+
+import ctypes
+import functools
+import math
+import re
+import struct
+import threading
+from typing import NamedTuple
+
+import torch
+
+from ._private import current_stream
+
+MAX_ADDRESSES = 16
+TENSOR_MAP = 128  # bytes of an encoded descriptor, which lies at a multiple of 64
+# The numbers among the parameters, by the types of triton's signatures.
+NUMBERS = {'i1': 'b', 'i8': 'b', 'i16': 'h', 'i32': 'i', 'i64': 'q', 'u1': 'B', 'u8': 'B', 'u16': 'H', 'u32': 'I', 'u64': 'Q', 'fp32': 'f'}
+# CUtensorMapDataType
+TENSOR_MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+L2_PROMOTION_128 = 2
+# CUlaunchConfig: grid, block, bytes of shared memory; stream; attributes, of which there are none
+LAUNCH_CONFIG = struct.Struct('<7I4xQQI4x')
+# what a pointer to the parameters and their size are announced by
+PARAM_END, PARAM_BUFFER, PARAM_SIZE = 0, 1, 2
+
+
+class Tiles(NamedTuple):
+    """A tensor that a kernel reads or writes in tiles through a descriptor (TMA), with the shape and the strides that the kernel is to see."""
+
+    x: torch.Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    layout: object  # of a tile in shared memory
+
+    def for_triton(self):
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor(self.x, list(self.shape), list(self.strides), list(self.block_shape), self.layout)
+
+
+class Driver(NamedTuple):
+    """Functions of the CUDA driver."""
+
+    launch: object
+    encode: object
+    error_name: object
+
+
+@functools.cache
+def cuda_driver() -> Driver | None:
+    """The driver's functions; None where it is not found or lacks one."""
+    try:
+        library = ctypes.CDLL('libcuda.so.1')
+        launch, encode, error_name = library.cuLaunchKernelEx, library.cuTensorMapEncodeTiled, library.cuGetErrorName
+    except (OSError, AttributeError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    launch.argtypes = [pointer] * 4
+    encode.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
+    error_name.argtypes = [number, ctypes.POINTER(ctypes.c_char_p)]
+    return Driver(launch, encode, error_name)
+
+
+def check_error(error: int, what: str) -> None:
+    if error:
+        name = ctypes.c_char_p()
+        cuda_driver().error_name(error, ctypes.byref(name))
+        raise RuntimeError(f'{what} failed with CUDA error {error} ({(name.value or b"unknown").decode()})')
+
+
+class Field(NamedTuple):
+    """A parameter in memory: its format for `struct`, where it begins, and which argument it is taken from."""
+
+    format: str
+    offset: int
+    argument: int | None = None
+
+
+def declared_sizes(ptx: str) -> list[int] | None:
+    """Bytes of each parameter of the kernel that PTX describes, as it declares them."""
+    entry = re.search(r'\.entry\s+[\w$]+\s*\((.*?)\)\s*(?:\.|\{)', ptx, re.DOTALL)
+    if entry is None:
+        return None
+    sizes = []
+    for parameter in filter(None, map(str.strip, entry[1].split(','))):
+        found = re.fullmatch(r'\.param\s+(?:\.align\s+\d+\s+)?\.[a-z](\d+)\s+[^\[]*(?:\[(\d+)\])?', parameter)
+        if found is None:
+            return None
+        sizes.append(int(found[1]) // 8 * int(found[2] or 1))
+    return sizes
+
+
+class Variant:
+    """One compiled kernel, and the memory from which the driver takes the parameters of its launches."""
+
+    def __init__(self, compiled, arguments: int):
+        """`arguments` is the number of those that are given in order; those after them are constants."""
+        metadata = compiled.metadata
+        self.compiled = compiled  # keeps the kernel on the device
+        self.name, self.function = compiled.name, compiled.function
+        self.threads, self.shared = 32 * metadata.num_warps, metadata.shared
+        self.scratch = metadata.global_scratch_size
+        self.fields, self.end = [], 0
+        self.pointers, self.tiles, self.numbers = [], [], []
+        descriptions = iter(getattr(metadata, 'tensordesc_meta', None) or ())
+        self.known = True
+        for i, kind in enumerate(compiled.src.signature.values()):
+            if kind == 'constexpr':
+                continue
+            if i >= arguments or not isinstance(kind, str):
+                self.known = False
+            elif kind[0] == '*':
+                self.pointers.append(self.add('Q', 8, i))
+            elif kind.startswith('tensordesc'):
+                self.tiles.append((self.add(f'{TENSOR_MAP}s', 64, i), next(descriptions, None)))
+                rank = kind.split(']')[0].count(',') + 1
+                self.numbers += [self.add(number, struct.calcsize(number), i) for number in 'i' * rank + 'q' * rank]
+            elif kind in NUMBERS:
+                self.numbers.append(self.add(NUMBERS[kind], struct.calcsize(NUMBERS[kind]), i))
+            else:
+                self.known = False
+        self.scratch_offset = self.add('Q', 8).offset
+        self.add('Q', 8)  # of a profiler
+        plain = metadata.num_ctas == 1 and not (metadata.profile_scratch_size or metadata.launch_cooperative_grid or metadata.launch_pdl)
+        # The pointers lie side by side, so that one call writes them.
+        together = all(a.offset + 8 == b.offset for a, b in zip(self.pointers, self.pointers[1:]))
+        described = all(isinstance(description, dict) for _, description in self.tiles)
+        sizes = [struct.calcsize(field.format) for field in self.fields]
+        self.is_understood = bool(self.known and plain and together and described and sizes == declared_sizes(compiled.asm['ptx']))
+
+        self.memory = (ctypes.c_char * self.end)()
+        self.view = memoryview(self.memory).cast('B')
+        self.config = (ctypes.c_char * LAUNCH_CONFIG.size)()
+        self.size = ctypes.c_size_t(self.end)
+        self.extra = (ctypes.c_void_p * 5)(
+            PARAM_BUFFER, ctypes.addressof(self.memory), PARAM_SIZE, ctypes.addressof(self.size), PARAM_END,
+        )
+        self.arguments = ctypes.addressof(self.config), self.function, None, ctypes.addressof(self.extra)
+        self.write_pointers = struct.Struct(f'<{len(self.pointers)}Q').pack_into
+        self.first_pointer = self.pointers[0].offset if self.pointers else 0
+        self.pack = struct.Struct('<' + ''.join(self.padded_formats())).pack
+        self.lock = threading.Lock()  # of the memory: the driver reads it while other threads run
+
+    def add(self, format: str, alignment: int, argument: int | None = None) -> Field:
+        field = Field(format, -(-self.end // alignment) * alignment, argument)
+        self.fields.append(field)
+        self.end = field.offset + struct.calcsize(format)
+        return field
+
+    def padded_formats(self):
+        end = 0
+        for field in self.fields:
+            yield f'{field.offset - end}x{field.format}'
+            end = field.offset + struct.calcsize(field.format)
+
+    def image(self, args: tuple) -> bytes:
+        """The memory of a launch with these arguments, its addresses left zero."""
+        values, seen = [], {}
+        for format, _, i in self.fields:
+            if i is None or format == 'Q' and hasattr(args[i], 'data_ptr'):
+                values.append(0)
+            elif isinstance(args[i], Tiles):
+                n = seen[i] = seen.get(i, -1) + 1
+                values.append((b'', *args[i].shape, *args[i].strides)[n])
+            else:
+                values.append(args[i])
+        return self.pack(*values)
+
+
+class Launch:
+    """A launch of which only the addresses are open."""
+
+    __slots__ = 'variant', 'grid', 'image', 'pointers', 'maps'
+
+    def __init__(self, variant: Variant, grid: tuple[int, int, int], args: tuple):
+        self.variant, self.grid, self.image = variant, grid, variant.image(args)
+        self.pointers = [field.argument for field in variant.pointers]
+        self.maps = [
+            (field.offset, field.argument, TensorMaps(args[field.argument], description)) for field, description in variant.tiles
+        ]
+
+    def __call__(self, addresses: list[int | None], like: torch.Tensor, device: int) -> None:
+        """Launch on the current stream of the device; memory that the kernel needs is allocated as like's is."""
+        variant, grid = self.variant, self.grid
+        stream = current_stream(device)
+        maps = [(offset, maps.at(addresses[i])) for offset, i, maps in self.maps]
+        if variant.scratch:
+            scratch = like.new_empty(variant.scratch * math.prod(grid), dtype=torch.int8)
+        with variant.lock:
+            view = variant.view
+            view[:] = self.image
+            variant.write_pointers(view, variant.first_pointer, *[addresses[i] for i in self.pointers])
+            for offset, encoded in maps:
+                view[offset : offset + TENSOR_MAP] = encoded
+            if variant.scratch:
+                struct.pack_into('<Q', view, variant.scratch_offset, scratch.data_ptr())
+            LAUNCH_CONFIG.pack_into(variant.config, 0, *grid, variant.threads, 1, 1, variant.shared, stream, 0, 0)
+            error = cuda_driver().launch(*variant.arguments)
+        if error:
+            check_error(error, f'the launch of {variant.name}')
+
+
+class TensorMaps:
+    """The descriptors of tensors of one layout, encoded by the driver, by address."""
+
+    def __init__(self, tiles: Tiles, description: dict):
+        """description is what triton compiled: the swizzle of a tile in shared memory, and the box that one copy takes."""
+        rank = len(tiles.shape)
+        # the driver counts dimensions from the last one, and leaves out its stride, which is one
+        self.shape = (ctypes.c_uint64 * rank)(*tiles.shape[::-1])
+        self.strides = (ctypes.c_uint64 * rank)(*(stride * tiles.x.itemsize for stride in tiles.strides[-2::-1]))
+        self.box = (ctypes.c_uint32 * rank)(*description['block_size'][::-1])
+        self.steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        self.type, self.rank, self.swizzle = TENSOR_MAP_TYPES[tiles.x.dtype], rank, description['swizzle']
+        self.encoded = {}
+
+    def at(self, address: int) -> bytes:
+        return self.encoded.get(address) or self.encode(address)
+
+    def encode(self, address: int) -> bytes:
+        memory = (ctypes.c_char * (TENSOR_MAP + 63))()
+        start = -ctypes.addressof(memory) % 64
+        error = cuda_driver().encode(
+            ctypes.addressof(memory) + start, self.type, self.rank, address, self.shape, self.strides, self.box, self.steps,
+            0, self.swizzle, L2_PROMOTION_128, 0,
+        )
+        check_error(error, f'a tensor descriptor of shape {[*self.shape][::-1]}, strides {[*self.strides][-2::-1]} in bytes')
+        encoded = memory[start : start + TENSOR_MAP]
+        if len(self.encoded) >= MAX_ADDRESSES:
+            self.encoded = {}
+        self.encoded[address] = encoded
+        return encoded

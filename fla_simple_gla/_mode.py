@@ -1,0 +1,151 @@
+"""A mode: its passes over kernels and its naive function, and the ways by which a call gets to them."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ._layout import rows_in_place, sum_heads, transposed
+from ._operators import Operators, check_contents, final_state_like, refuse_tangents
+from ._plans import PLAIN, Gradients, Inputs, Plan, needs_operator, plan_for
+from ._pool import in_pool
+from ._private import apply_without_transforms, dispatch_modes_are_active, transforms_are_active
+from ._triton import runs_kernels
+from ._validation import Call, check_no_gradients, under_autocast
+
+
+class Mode:
+    """One mode, called as `mode(Call(...))`: o, and the second result or None.
+
+    - `forward(inputs, plan)` returns `Results`. With `inputs.state_indices` the initial state is a pool, which gets the final states.
+    - `backward(inputs, results, do, dht, needs, plan)` returns `Gradients`, those of q and k for each head of v, from what of the
+      forward's results is left: the states and the gates, or None.
+    - `naive(inputs, options)` returns o and the second result, for the CPU.
+    - `second_like(inputs)` is a tensor like the second result, and `count_states(inputs)` the number of the states that the forward leaves,
+      or None where it takes more than symbols to tell: for traces. The second result is differentiable if it is the final state.
+    """
+
+    def __init__(
+        self, name: str, forward: Callable, backward: Callable, naive: Callable, second_like: Callable = final_state_like,
+        count_states: Callable = lambda inputs: 0,
+    ):
+        self.name, self.forward, self.backward, self.naive = name, forward, backward, naive
+        self.second_like, self.count_states = second_like, count_states
+        self.has_states = second_like is final_state_like
+        self.function = type(name, (ModeFunction,), {})
+        self.operators = Operators(self)
+
+    @functools.cached_property
+    def apply_without_transforms(self):
+        return apply_without_transforms(self.function)
+
+    def __call__(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        call = under_autocast(call)
+        plan = plan_for(call)
+        path = dispatch_path(plan, call)
+        if path != 'operators':
+            check_contents(Inputs(*call[:4], call.initial_state, call.cu_seqlens, call.state_indices), call.cu_seqlens_cpu)
+        g = call.g if call.g_gamma is None else call.g_gamma.expand(call.v.shape[:3])
+        if call.state_indices is not None or call.intermediate_states_buffer is not None:
+            return self.write(call, g, plan, path)
+        v_first = call.state_v_first
+        inputs = Inputs(call.q, call.k, call.v, g, transposed(call.initial_state, v_first), call.cu_seqlens)
+        if path == 'kernels':
+            apply = self.apply_without_transforms if plan.cached else self.function.apply
+            o, second = apply(self, plan, *inputs[:6])
+        elif path == 'operators':
+            o, second = self.operators(inputs, plan.options)
+        else:
+            o, second = self.naive(inputs, plan.options)
+        return o, transposed(second, v_first)
+
+    def write(self, call: Call, g: torch.Tensor | None, plan: Plan, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A call that writes states in place."""
+        check_no_gradients(call)
+        state, indices, v_first = call.initial_state, call.state_indices, bool(call.state_v_first)
+        inputs = Inputs(call.q, call.k, call.v, g, state, call.cu_seqlens, indices, call.intermediate_states_buffer)
+        o, second = (self.operators.write if path == 'operators' else self.run_in_place)(inputs, v_first, plan)
+        if indices is not None:
+            return o, state
+        return o, transposed(second, v_first) if plan.options.output else None
+
+    def run_in_place(self, inputs: Inputs, v_first: bool, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """o, and the final state or None, which is that of `[N, H, K, V]`; with indices the pool gets the final states."""
+        pool, buffer = transposed(inputs.initial_state, v_first), transposed(inputs.states, v_first)
+        inputs = inputs._replace(initial_state=pool, states=buffer)
+        indices = inputs.state_indices
+        if runs_kernels(inputs.q):
+            results = self.forward(inputs.with_rows_in_place(), plan)
+            for written in (None if indices is None else pool, buffer):
+                if written is not None:
+                    torch.autograd.graph.increment_version(written)
+            return results.o, None if indices is not None else results.second
+        if indices is None:
+            return self.naive(inputs, plan.options)
+
+        def run(initial_state):
+            return self.naive(inputs._replace(initial_state=initial_state), plan.options._replace(output=True))
+
+        return in_pool(run, pool, indices, inputs.cu_seqlens, buffer), None
+
+    def gradients(self, inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+        """The gradients that are needed, by kernels: from the states and gates that the forward kept, and from the gradients of its two
+        results.
+        """
+        do, dsecond = given
+        do = torch.zeros_like(inputs.v) if do is None else rows_in_place(do)
+        found = self.backward(inputs, kept, (do, dsecond), needs, plan)
+        found = Gradients(*(x if need else None for x, need in zip(found, needs)))
+        return found._replace(q=sum_heads(found.q, inputs.q), k=sum_heads(found.k, inputs.k))
+
+
+class ModeFunction(torch.autograd.Function):
+    """A mode by its kernels, in an ordinary eager call."""
+
+    @staticmethod
+    def forward(ctx, mode: Mode, plan: Plan, *tensors):
+        inputs = Inputs(*tensors).with_rows_in_place()
+        o, second, states, gates = mode.forward(inputs, plan)
+        ctx.save_for_backward(*inputs[:6], states)
+        ctx.mode, ctx.plan, ctx.gates = mode, plan, gates
+        if second is not None and not mode.has_states:
+            ctx.mark_non_differentiable(second)
+        ctx.set_materialize_grads(False)
+        return o, second
+
+    @staticmethod
+    def backward(ctx, *given):
+        *tensors, states = ctx.saved_tensors
+        inputs, needs = Inputs(*tensors), Gradients(*ctx.needs_input_grad[2:7])
+        if backward_needs_operator(*given):
+            found = ctx.mode.operators.gradients(inputs, states, given, needs, ctx.plan.options)
+        else:
+            found = ctx.mode.gradients(inputs, (states, ctx.gates), given, needs, ctx.plan)
+        return None, None, *found, None
+
+
+def dispatch_path(plan: Plan, call: Call) -> str:
+    """By what a call is computed: 'operators', 'kernels' or, on the CPU, 'naive'."""
+    by_operators = plan.needs_operator or torch.compiler.is_compiling()
+    if not by_operators and not runs_kernels(call.q):
+        return 'naive'
+    refuse_tangents(*call.tensors())
+    if by_operators:
+        return 'operators'
+    if transforms_are_active():
+        raise NotImplementedError(
+            'the kernels do not support the transforms of torch.func (grad, vjp, vmap, ...): take gradients with torch.autograd, and '
+            'put what is to be mapped over into the batch, the first dimension of q, k, v and g'
+        )
+    return 'operators' if dispatch_modes_are_active() else 'kernels'
+
+
+def backward_needs_operator(*gradients: torch.Tensor | None) -> bool:
+    """Whether the backward is for the operator: it is traced (compiled autograd), what it returns may be differentiated again, which the
+    operator's results refuse, or kernels cannot read a gradient from its memory.
+    """
+    given = [x for x in gradients if x is not None]
+    refuse_tangents(*given)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    return any(type(x) not in PLAIN or needs_operator(x) for x in given)

@@ -1,0 +1,129 @@
+"""Names of PyTorch and Triton that their authors do not promise to keep, all in one place.
+
+Each is looked up when it is first needed, never at import. Where a version has it no longer, a feature or some speed is lost, as told
+beside the name, and nothing else.
+"""
+
+import contextvars
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+# Each name, and what is lost without it.
+NAMES = {
+    'torch._C._FunctionBase': 'speed: a microsecond at each call that may need gradients',
+    'torch._C._are_functorch_transforms_active': "the error of our own for transforms of torch.func: there is PyTorch's",
+    'torch._C._len_torch_dispatch_stack': 'a `TorchDispatchMode` sees the allocations of a mode, in place of one operator',
+    'torch._C._cuda_getCurrentRawStream': 'speed: some microseconds at each launch',
+    'torch._library.fake_impl.allocate_size': 'compiled calls where the length is a symbol: a graph is made for each length',
+    'torch.autograd.forward_ad._current_level': 'speed: some microseconds at each call',
+    'triton.AsyncCompileMode': 'time: the kernels of a first call are compiled one by one',
+    'triton.FutureKernel': 'the same',
+    'triton.runtime.driver.active.launcher_cls': 'the same',
+    'triton.compiler.CompiledKernel': 'speed: kernels are launched by triton',
+    'triton.knobs': 'the same',
+    'triton.runtime._allocation': "with triton 3.4: the allocator that the user gave triton, which ours then replaces",
+}
+
+
+@functools.cache
+def private(name: str) -> Any | None:
+    """What has this name, one of `NAMES`; None where there is nothing of the name."""
+    assert name in NAMES
+    package, *rest = name.split('.')
+    try:
+        found = importlib.import_module(package)
+        for i, part in enumerate(rest, 1):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                found = importlib.import_module('.'.join([package, *rest[:i]]))
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def apply_without_transforms(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply`, without what PyTorch does there for the transforms of torch.func at every call."""
+    base = private('torch._C._FunctionBase')
+    return function.apply if base is None else super(torch.autograd.Function, function).apply
+
+
+def transforms_are_active() -> bool:
+    """Whether the call is inside a transform of torch.func."""
+    ask = private('torch._C._are_functorch_transforms_active')
+    return ask is not None and ask()
+
+
+def dispatch_modes_are_active() -> bool:
+    """Whether a `TorchDispatchMode` watches the call."""
+    ask = private('torch._C._len_torch_dispatch_stack')
+    return ask is not None and ask() > 0
+
+
+def is_zero_tensor(x: torch.Tensor) -> bool:
+    """Whether x stands for zeros without memory, as PyTorch makes them for gradients."""
+    ask = getattr(x, '_is_zerotensor', None)
+    return ask is not None and ask()
+
+
+def has_tangent(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of the tensors is a dual number of forward-mode differentiation."""
+    if getattr(forward_ad, '_current_level', 0) < 0:  # it changes: no name to keep
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def new_symbolic_size():
+    """A size that a trace does not know, for a fake implementation of an operator."""
+    context = torch.library.get_ctx()
+    allocate = private('torch._library.fake_impl.allocate_size')
+    shapes = getattr(context, '_shape_env', None)
+    # `new_dynamic_size` ends in this, and refuses where graphs may break, and with torch 2.8 and 2.9 everywhere, unless
+    # `capture_dynamic_output_shape_ops` is set. That is for sizes that depend on data.
+    return context.new_dynamic_size() if allocate is None or shapes is None else allocate(shapes)
+
+
+def current_stream(device: int) -> int:
+    """The CUDA stream that PyTorch's work on the device goes to."""
+    ask = private('torch._C._cuda_getCurrentRawStream')
+    return torch.cuda.current_stream(device).cuda_stream if ask is None else ask(device)
+
+
+def launches_are_observed() -> bool:
+    """Whether what triton compiles is to be changed or watched, or its launches are: then they have to be triton's."""
+    knobs = private('triton.knobs')
+    try:
+        runtime = knobs.runtime
+        return bool(
+            runtime.debug
+            or knobs.compilation.instrumentation_mode
+            or runtime.add_stages_inspection_hook is not None
+            or runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+        )
+    except AttributeError:  # a version with other names, or hooks of another kind
+        return True
+
+
+def with_allocator(allocator: Callable, call: Callable) -> Any:
+    """`call()`, during which triton's kernels get their memory from the allocator. The user's is in place again after it."""
+    import triton
+
+    def run():
+        triton.set_allocator(allocator)
+        return call()
+
+    before = private('triton.runtime._allocation')
+    if before is None or isinstance(getattr(before, '_allocator', None), contextvars.ContextVar):
+        return contextvars.copy_context().run(run)
+    # triton 3.4 has a global in place of a context variable
+    previous = before._allocator
+    try:
+        return run()
+    finally:
+        triton.set_allocator(previous)
