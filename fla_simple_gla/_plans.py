@@ -92,7 +92,7 @@ def plan_for(call: Call) -> Plan:
     if plan is None:
         options = Options(
             scale=check_call(call), output=bool(call.output_final_state or call.output_attentions), reverse=bool(call.reverse),
-            chunk_size=call.chunk_size or 64, precision=fp32_precision(call.q.dtype),
+            chunk_size=call.chunk_size or 64, precision=None if compiling else fp32_precision(call.q.dtype),
         )
         plan = Plan(options, compiling or any(map(needs_operator, call.tensors())))
         if key is not None:

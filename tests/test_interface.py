@@ -11,7 +11,8 @@ from harness import DEVICE, MODES, STATEFUL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fla_simple_gla
-from fla_simple_gla._launch import plan_for
+from fla_simple_gla._plans import plan_for
+from fla_simple_gla._validation import Call
 
 EMPTY = inspect.Parameter.empty
 
@@ -106,7 +107,7 @@ def test_bad_input(mode, changes, error, message):
     """The second time too, and beside good input that was let pass."""
     good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
     for change in ({}, {'scale': 1.0}, {'initial_state': STATE}):
-        assert plan_for(**good | change) is plan_for(**good | change)
+        assert plan_for(Call(**good | change)) is plan_for(Call(**good | change))
     for _ in range(2):
         with pytest.raises(error, match=message):
             MODES[mode](**arguments(**changes))
@@ -117,12 +118,12 @@ def test_what_plans_depend_on():
     memory = zeros(2 * 5 * 2 * 8 + 1)
     aligned, odd = memory[:-1].view(2, 5, 2, 8), memory[1:].view(2, 5, 2, 8)
     changes = [
-        {}, {'q': odd}, {'q': aligned, 'k': aligned}, {'q': zeros(2, 2, 5, 8).transpose(1, 2)}, {'g': None}, {'scale': 2.0},
+        {}, {'q': odd}, {'q': zeros(2, 2, 5, 8).transpose(1, 2)}, {'g': None}, {'scale': 2.0},
         {'g': good['g'].double()}, {'initial_state': zeros(2, 4, 8, 6)}, {'g': None, 'g_gamma': zeros(4)},
     ]  # fmt: skip
-    plans = [plan_for(**good | change) for change in changes]
+    plans = [plan_for(Call(**good | change)) for change in changes]
     assert len({*plans}) == len(changes)
-    assert plans == [plan_for(**good | change) for change in changes]
+    assert plans == [plan_for(Call(**good | change)) for change in changes]
     choose = mock.Mock(return_value='choice')
     assert [plans[0].once(choose, 1) for _ in range(2)] == ['choice'] * 2
     choose.assert_called_once_with(1)
@@ -133,9 +134,9 @@ def test_fake_tensors_are_checked_each_time():
     """They have no memory to tell a layout from; PyTorch warns of looks at it."""
     with FakeTensorMode():
         good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
-        assert plan_for(**good) is not plan_for(**good) and not plan_for(**good).kept
+        assert plan_for(Call(**good)) is not plan_for(Call(**good)) and not plan_for(Call(**good)).cached
         with pytest.raises(ValueError, match="k must have q's shape"):
-            plan_for(**good | {'k': zeros(2, 5, 2, 9)})
+            plan_for(Call(**good | {'k': zeros(2, 5, 2, 9)}))
 
 
 @pytest.mark.parametrize('mode', MODES)

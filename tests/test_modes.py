@@ -167,7 +167,7 @@ SETTINGS = {
 @pytest.mark.parametrize('mode', CHUNKED)
 @pytest.mark.parametrize('setting', [name for name in SETTINGS if name != 'fp32_precision' or hasattr(torch.backends.cuda.matmul, name)])
 def test_tf32_where_the_user_allows_it(setting, mode):
-    from fla_simple_gla.fused_chunk import fp32_precision
+    from fla_simple_gla._plans import fp32_precision
 
     case = Case(200, K=32, V=32).of(mode)
     inputs = make_inputs(case)

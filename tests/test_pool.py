@@ -5,7 +5,8 @@ import torch
 from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, place, poisoned_memory, rms_error
 
 from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
-from fla_simple_gla.fused_chunk import hopper_sweeps
+from fla_simple_gla._cache import Cache
+from fla_simple_gla.fused_chunk import hopper_module
 
 HALF = torch.bfloat16 if GPU else torch.float16
 D = 64 if GPU else 16
@@ -123,15 +124,15 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     check_pool(mode, case, indices, buffers.get(indices))
 
 
-@pytest.mark.skipif(not GPU or hopper_sweeps(torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
+@pytest.mark.skipif(not GPU or hopper_module(64, 64, HALF, torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
 @pytest.mark.parametrize('case', [case for case in LARGE_CASES if case.dtype == HALF and case.K <= 256], ids=str)
 @pytest.mark.parametrize('mode', ['segments', 'fused_chunk'])
 def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
     """One multiprocessor: the programs, which stay, go from sequences to padding and on."""
     for module in ('_hopper', '_hopper_wide'):
         monkeypatch.setattr(f'fla_simple_gla.{module}.multiprocessors', lambda device: 1)
-    for plans in ('fla_simple_gla._launch.plans', 'harness.PLANS'):
-        monkeypatch.setattr(plans, {})
+    for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._launch.launches', 'harness.PLANS'):
+        monkeypatch.setattr(caches, Cache(1000))
     check_pool(mode, case, INDICES[0])
 
 

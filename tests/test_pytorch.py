@@ -22,11 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fla_simple_gla
 from fla_simple_gla import chunk, fused_chunk, fused_recurrent, fused_recurrent_simple_gla, parallel
+from fla_simple_gla._cache import Cache
 from fla_simple_gla._operators import SOURCES
+from fla_simple_gla._plans import Inputs, Options
 
 HALF = torch.bfloat16 if GPU else torch.float16
 MODULES = {'chunk': chunk, 'fused_chunk': fused_chunk, 'fused_recurrent': fused_recurrent, 'parallel': parallel}
-OPERATORS = {mode: module.operators for mode, module in MODULES.items()}
+OPERATORS = {name: module.mode.operators for name, module in MODULES.items()}
 BACKEND = 'inductor' if GPU else 'aot_eager'
 # that one graph is to serve; the interpreter goes token by token slowly
 LENGTHS = dict.fromkeys(MODES, (17, 40, 300) if GPU else (17, 25)) | {'segments': (300, 1000, 129) if GPU else (130, 140)}
@@ -47,7 +49,7 @@ def cpu_path(monkeypatch):
 def function_of(mode):
     """The public function of a mode, and a context for calls of it: 'segments' is chunk where it cuts sequences."""
     if mode == 'segments':
-        return MODES['chunk'], segments_of(128, {})
+        return MODES['chunk'], segments_of(128, Cache(1000))
     return MODES[mode], contextlib.nullcontext()
 
 
@@ -449,7 +451,7 @@ class TestTransforms:
 
         def dual_of_operator():
             with forward_ad.dual_level():
-                OPERATORS[mode](forward_ad.make_dual(q, q), k, v, g, None, None, 1.0, False)
+                OPERATORS[mode](Inputs(forward_ad.make_dual(q, q), k, v, g, None, None), Options(1.0))
 
         for call in (lambda: torch.func.jvp(f, (q,), (q,)), dual, dual_gradient, dual_of_operator):
             with pytest.raises(NotImplementedError, match='forward-mode'):
@@ -557,8 +559,8 @@ class TestModules:
 
         module = block(fla_simple_gla.chunk_simple_gla)
         x = torch.randn(1, 20, 32, device=DEVICE)
-        forward = mock.Mock(wraps=chunk.operators.run_forward)
-        monkeypatch.setattr(chunk.operators, 'run_forward', forward)
+        forward = mock.Mock(wraps=chunk.mode.forward)
+        monkeypatch.setattr(chunk.mode, 'forward', forward)
         y = checkpoint(module, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
         found = torch.autograd.grad(y.square().mean(), [*module.parameters()])
         assert seen and forward.call_count == 1
