@@ -1,6 +1,6 @@
 """Time that a call keeps the host: one row for an implementation.
 
-    python benchmarks/host.py [--shape B T H D] [--calls N] [--fla]
+    python benchmarks/host.py [--shape B T H D] [--calls N] [--lengths N] [--fla]
 
 The mean over many calls, in microseconds, enqueued while the GPU is kept busy by a long kernel before them; 50 at a time, because the
 driver holds up the host when some thousand launches wait. The first of each 50, behind a wait of the host, can take ten times as long as
@@ -13,6 +13,9 @@ the others, and counts. The inputs are those of `run.py`, which has the time of 
 
 The first row is what PyTorch takes for itself: an autograd.Function of as many inputs that computes nothing. Such times differ by a factor
 of two from machine to machine, and from one moment to the next on a machine that others use: compare rows of one run.
+
+With --lengths there is a second table, of lengths that come only once, as prompts and unpadded batches have them: B 1, H 16, D 128, and T
+from 1000 on in steps of 7, each called once. The kernels are compiled before, by other lengths.
 """
 
 import argparse
@@ -25,6 +28,9 @@ import torch
 SHAPE = (8, 1024, 8, 64)
 AT_ONCE = 50
 WIDTHS = (24, 9, 9, 12)
+# of the stream of lengths: H, D, the first T and the step; the lengths before the first one compile the kernels
+STREAM = (16, 128, 1000, 7)
+WARM = 20
 
 
 class Nothing(torch.autograd.Function):
@@ -53,10 +59,33 @@ def mean_time(fn, calls: int) -> float:
     return statistics.mean(times) * 1e6
 
 
+def stream_times(fn, lengths: int) -> tuple[float, float]:
+    """Microseconds on the host of a forward, and of forward and backward together, the means over lengths that come only once."""
+    H, D, first, step = STREAM
+    generator = torch.Generator(device='cuda').manual_seed(0)
+    forward, both = [], []
+    for i in range(-WARM, lengths):
+        # another length for each of the two, so that none comes twice
+        for times, T, with_backward in ((forward, first + 2 * i * step, False), (both, first + (2 * i + 1) * step, True)):
+            q, k, v, do = (torch.randn(1, T, H, D, device='cuda', dtype=torch.bfloat16, generator=generator) for _ in range(4))
+            g = torch.nn.functional.logsigmoid(torch.randn(1, T, H, device='cuda', generator=generator) + 3)
+            leaves = [x.requires_grad_() for x in (q, k, v, g)]
+            torch.cuda.synchronize()
+            torch.cuda._sleep(10**7)
+            start = time.perf_counter()
+            o, *_ = fn(*leaves)
+            if with_backward:
+                torch.autograd.grad(o, leaves, do)
+            times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return tuple(statistics.mean(times[WARM:]) * 1e6 for times in (forward, both))
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', type=int, nargs=4, default=SHAPE, metavar=('B', 'T', 'H', 'D'), help='default: 8 1024 8 64')
     parser.add_argument('--calls', type=int, default=1000, help='default: 1000')
+    parser.add_argument('--lengths', type=int, default=0, help='how many of the second table; default: 0, which leaves it out')
     parser.add_argument('--fla', action='store_true', help="fla-core's chunk and fused_chunk")
     return parser.parse_args(arguments)
 
@@ -67,14 +96,25 @@ def main(arguments=None) -> None:
     run.print_machine(run.copy_bandwidth())
     leaves, do = run.inputs(*options.shape)
     print(f'{run.label(options.shape)}, microseconds on the host, means of {options.calls} calls')
-    print('| ' + ' | '.join(f'{x:<{w}}' for x, w in zip(('implementation', 'forward', 'both', 'one thread'), WIDTHS)) + ' |')
+    print_row('implementation', 'forward', 'both', 'one thread')
     rows = [('nothing', Nothing.apply), *((x.name, x.fn) for x in run.ours() + (run.fla() if options.fla else []))]
     for name, fn in rows:
         forward, both = run.calls(fn, leaves, do)
         times = [mean_time(call, options.calls) for call in (forward, both)]
         with torch.autograd.set_multithreading_enabled(False):
             times.append(mean_time(both, options.calls))
-        print('| ' + ' | '.join([f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}.1f}' for x, w in zip(times, WIDTHS[1:]))]) + ' |', flush=True)
+        print_row(name, *times)
+    if options.lengths:
+        H, D, first, step = STREAM
+        print(f'\nB1 H{H} D{D}, T from {first} on in steps of {step}, each once, microseconds on the host, means of {options.lengths} calls')
+        print_row('implementation', 'forward', 'both')
+        for name, fn in rows[1:]:
+            print_row(name, *stream_times(fn, options.lengths))
+
+
+def print_row(name: str, *cells: str | float) -> None:
+    shown = (x if isinstance(x, str) else f'{x:.1f}' for x in cells)
+    print('| ' + ' | '.join([f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}}' for x, w in zip(shown, WIDTHS[1:]))]) + ' |', flush=True)
 
 
 if __name__ == '__main__':

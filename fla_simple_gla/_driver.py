@@ -1,7 +1,7 @@
 """Launches of compiled kernels by the CUDA driver, without triton.
 
-The driver takes a kernel's parameters as one stretch of memory. Of a `Launch` all of it lies ready but the addresses. What the parameters
-are follows from the signature that triton compiled: what is not constant, in order; of a descriptor the encoded one, its shape and its
+The parameters of a kernel lie in memory of its own, and of a `Launch` all of them are ready but the addresses. What the parameters are
+follows from the signature that triton compiled: what is not constant, in order; of a descriptor the encoded one, its shape and its
 strides; and at last the addresses of two scratches. Their sizes are compared with those that the kernel's PTX declares, and where these
 differ, or a launch asks for more than is known here, triton launches the kernel (`Variant.is_understood`).
 
@@ -29,12 +29,10 @@ TENSOR_MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 L2_PROMOTION_128 = 2
 # CUlaunchConfig: grid, block, bytes of shared memory; stream; attributes, of which there are none
 LAUNCH_CONFIG = struct.Struct('<7I4xQQI4x')
-# what a pointer to the parameters and their size are announced by
-PARAM_END, PARAM_BUFFER, PARAM_SIZE = 0, 1, 2
 
 
 class Tiles(NamedTuple):
-    """A tensor that a kernel reads or writes in tiles through a descriptor (TMA), with the shape and the strides that the kernel is to see."""
+    """A tensor that a kernel reads or writes in tiles through a descriptor (TMA), with the shape and strides that the kernel is to see."""
 
     x: torch.Tensor
     shape: tuple[int, ...]
@@ -141,11 +139,9 @@ class Variant:
         self.memory = (ctypes.c_char * self.end)()
         self.view = memoryview(self.memory).cast('B')
         self.config = (ctypes.c_char * LAUNCH_CONFIG.size)()
-        self.size = ctypes.c_size_t(self.end)
-        self.extra = (ctypes.c_void_p * 5)(
-            PARAM_BUFFER, ctypes.addressof(self.memory), PARAM_SIZE, ctypes.addressof(self.size), PARAM_END,
-        )
-        self.arguments = ctypes.addressof(self.config), self.function, None, ctypes.addressof(self.extra)
+        # Where each parameter lies. (Told of the memory as a whole, driver 580 starts kernels that find no descriptor in it.)
+        self.parameters = (ctypes.c_void_p * len(self.fields))(*(ctypes.addressof(self.memory) + field.offset for field in self.fields))
+        self.arguments = ctypes.addressof(self.config), self.function, ctypes.addressof(self.parameters), None
         self.write_pointers = struct.Struct(f'<{len(self.pointers)}Q').pack_into
         self.first_pointer = self.pointers[0].offset if self.pointers else 0
         self.pack = struct.Struct('<' + ''.join(self.padded_formats())).pack
