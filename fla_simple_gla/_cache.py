@@ -41,6 +41,10 @@ class Cache:
 
     def put(self, key: Hashable, value: Any) -> None:
         with self.lock:
-            if len(self.new) >= self.size:
+            for kept in (self.young, self.old):
+                if key in kept:
+                    kept[key] = value
+                    return
+            if len(self.new) >= self.size and key not in self.new:
                 del self.new[next(iter(self.new))]
             self.new[key] = value

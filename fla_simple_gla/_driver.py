@@ -5,7 +5,7 @@ follows from the signature that triton compiled: what is not constant, in order;
 strides; and at last the addresses of two scratches. Their sizes are compared with those that the kernel's PTX declares, and where these
 differ, or a launch asks for more than is known here, triton launches the kernel (`Variant.is_understood`).
 
-Memory: a launch keeps some 2 KB, and of each of its descriptors the encoded ones of the last `MAX_ADDRESSES` addresses, 200 bytes each.
+Memory: a launch has some 2 KB, and of each of its descriptors the encoded ones of the last `MAX_ADDRESSES` addresses, 200 bytes each.
 """
 
 import ctypes
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._private import current_stream
+from ._private import private
+from ._triton import switched_off, warn_once, why_not
 
 MAX_ADDRESSES = 16
 TENSOR_MAP = 128  # bytes of an encoded descriptor, which lies at a multiple of 64
@@ -67,6 +68,22 @@ def cuda_driver() -> Driver | None:
     encode.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
     error_name.argtypes = [number, ctypes.POINTER(ctypes.c_char_p)]
     return Driver(launch, encode, error_name)
+
+
+@functools.cache
+def why_not_direct() -> str | None:
+    """Why the CUDA driver is not called directly; None where it is."""
+    if torch.version.cuda is None:
+        return 'PyTorch is not built for CUDA'
+    if switched_off('FLA_SIMPLE_GLA_DIRECT'):
+        return 'FLA_SIMPLE_GLA_DIRECT=0 is in the environment'
+    if private('triton.compiler.CompiledKernel') is None:
+        return 'triton has no CompiledKernel'
+    reason = why_not('direct')
+    if reason is not None:
+        warn_once('direct')
+        return reason
+    return None if cuda_driver() is not None else 'the CUDA driver (libcuda.so.1) is not found, or too old'
 
 
 def check_error(error: int, what: str) -> None:
@@ -142,9 +159,11 @@ class Variant:
         # Where each parameter lies. (Told of the memory as a whole, driver 580 starts kernels that find no descriptor in it.)
         self.parameters = (ctypes.c_void_p * len(self.fields))(*(ctypes.addressof(self.memory) + field.offset for field in self.fields))
         self.arguments = ctypes.addressof(self.config), self.function, ctypes.addressof(self.parameters), None
+        self.places = {field.offset: place for place, field in enumerate(self.fields)}
         self.write_pointers = struct.Struct(f'<{len(self.pointers)}Q').pack_into
         self.first_pointer = self.pointers[0].offset if self.pointers else 0
         self.pack = struct.Struct('<' + ''.join(self.padded_formats())).pack
+        self.write_config, self.call = LAUNCH_CONFIG.pack_into, cuda_driver().launch
         self.lock = threading.Lock()  # of the memory: the driver reads it while other threads run
 
     def add(self, format: str, alignment: int, argument: int | None = None) -> Field:
@@ -173,41 +192,51 @@ class Variant:
         return self.pack(*values)
 
 
-class Launch:
+class Launch(NamedTuple):
     """A launch of which only the addresses are open."""
 
-    __slots__ = 'variant', 'grid', 'image', 'pointers', 'maps'
+    variant: Variant
+    grid: tuple[int, int, int]
+    image: bytes  # of the parameters, the addresses left zero
+    pointers: tuple[int, ...]  # whose addresses the kernel takes, by their number among the tensors
+    maps: tuple[tuple[int, int, 'TensorMaps'], ...]  # which parameters are descriptors, of which tensor, and how they are encoded
 
-    def __init__(self, variant: Variant, grid: tuple[int, int, int], args: tuple):
-        self.variant, self.grid, self.image = variant, grid, variant.image(args)
-        self.pointers = [field.argument for field in variant.pointers]
-        self.maps = [
-            (field.offset, field.argument, TensorMaps(args[field.argument], description)) for field, description in variant.tiles
+    @classmethod
+    def of(cls, variant: Variant, grid: tuple[int, int, int], args: tuple) -> 'Launch':
+        """The launch with these arguments, whose tensors are numbered as they come."""
+        maps = [
+            (variant.places[field.offset], field.argument, TensorMaps(args[field.argument], description))
+            for field, description in variant.tiles
         ]
+        return cls(variant, grid, variant.image(args), tuple(field.argument for field in variant.pointers), tuple(maps))
 
-    def __call__(self, addresses: list[int | None], like: torch.Tensor, device: int) -> None:
-        """Launch on the current stream of the device; memory that the kernel needs is allocated as like's is."""
-        variant, grid = self.variant, self.grid
-        stream = current_stream(device)
-        maps = [(offset, maps.at(addresses[i])) for offset, i, maps in self.maps]
+    def renumbered(self, numbers: list[int | None]) -> 'Launch':
+        """The same launch where tensor i of these is number `numbers[i]` of others."""
+        maps = ((place, numbers[i], maps) for place, i, maps in self.maps)
+        return self._replace(pointers=tuple(numbers[i] for i in self.pointers), maps=tuple(maps))
+
+    def start(self, addresses: list[int | None], like: torch.Tensor, stream: int) -> None:
+        """Launch on this stream; memory that the kernel needs is allocated as like's is."""
+        variant, grid, image, pointers, maps = self
         if variant.scratch:
             scratch = like.new_empty(variant.scratch * math.prod(grid), dtype=torch.int8)
         with variant.lock:
             view = variant.view
-            view[:] = self.image
-            variant.write_pointers(view, variant.first_pointer, *[addresses[i] for i in self.pointers])
-            for offset, encoded in maps:
-                view[offset : offset + TENSOR_MAP] = encoded
+            view[:] = image
+            variant.write_pointers(view, variant.first_pointer, *[addresses[i] for i in pointers])
+            for place, i, encoded in maps:
+                address = addresses[i]
+                variant.parameters[place] = encoded.places.get(address) or encoded.encode(address)
             if variant.scratch:
                 struct.pack_into('<Q', view, variant.scratch_offset, scratch.data_ptr())
-            LAUNCH_CONFIG.pack_into(variant.config, 0, *grid, variant.threads, 1, 1, variant.shared, stream, 0, 0)
-            error = cuda_driver().launch(*variant.arguments)
+            variant.write_config(variant.config, 0, *grid, variant.threads, 1, 1, variant.shared, stream, 0, 0)
+            error = variant.call(*variant.arguments)
         if error:
             check_error(error, f'the launch of {variant.name}')
 
 
 class TensorMaps:
-    """The descriptors of tensors of one layout, encoded by the driver, by address."""
+    """The descriptors of tensors of one layout, encoded by the driver. Used by one thread at a time, that of a launch."""
 
     def __init__(self, tiles: Tiles, description: dict):
         """description is what triton compiled: the swizzle of a tile in shared memory, and the box that one copy takes."""
@@ -218,21 +247,19 @@ class TensorMaps:
         self.box = (ctypes.c_uint32 * rank)(*description['block_size'][::-1])
         self.steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         self.type, self.rank, self.swizzle = TENSOR_MAP_TYPES[tiles.x.dtype], rank, description['swizzle']
-        self.encoded = {}
+        self.places = {}  # of those that are encoded, by address of the tensor
+        self.memory = []  # which they lie in
 
-    def at(self, address: int) -> bytes:
-        return self.encoded.get(address) or self.encode(address)
-
-    def encode(self, address: int) -> bytes:
+    def encode(self, address: int) -> int:
+        """Where the descriptor of the tensor at an address lies."""
         memory = (ctypes.c_char * (TENSOR_MAP + 63))()
-        start = -ctypes.addressof(memory) % 64
+        place = -(-ctypes.addressof(memory) // 64) * 64
         error = cuda_driver().encode(
-            ctypes.addressof(memory) + start, self.type, self.rank, address, self.shape, self.strides, self.box, self.steps,
-            0, self.swizzle, L2_PROMOTION_128, 0,
+            place, self.type, self.rank, address, self.shape, self.strides, self.box, self.steps, 0, self.swizzle, L2_PROMOTION_128, 0,
         )
         check_error(error, f'a tensor descriptor of shape {[*self.shape][::-1]}, strides {[*self.strides][-2::-1]} in bytes')
-        encoded = memory[start : start + TENSOR_MAP]
-        if len(self.encoded) >= MAX_ADDRESSES:
-            self.encoded = {}
-        self.encoded[address] = encoded
-        return encoded
+        if len(self.places) >= MAX_ADDRESSES:
+            self.places, self.memory = {}, []
+        self.places[address] = place
+        self.memory.append(memory)
+        return place

@@ -34,7 +34,8 @@ from typing import NamedTuple
 import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots
-from ._launch import empty, launcher
+from ._launch import launcher
+from ._passes import empty
 from ._plans import Inputs
 from ._triton import jit, tl, triton
 

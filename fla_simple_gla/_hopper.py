@@ -32,8 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._driver import Tiles
 from ._gates import LOG2E, RESET
-from ._launch import empty, launcher
+from ._launch import launcher
 from ._layout import multiprocessors
+from ._passes import empty
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared

@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ._blocks import block_bounds, count_sequences, count_slots
 from ._hopper import advance, buffers, descriptor, padded, tile, tma_load, tma_store
-from ._launch import empty, launcher, zeros
+from ._launch import launcher
 from ._layout import multiprocessors
+from ._passes import empty, zeros
 
 __all__ = ['BLOCK', 'walk']
 

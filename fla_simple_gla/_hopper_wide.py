@@ -48,8 +48,9 @@ from ._hopper import (
     to_fragments,
     unit_bounds,
 )
-from ._launch import empty, launcher
+from ._launch import launcher
 from ._layout import multiprocessors
+from ._passes import empty
 
 __all__ = ['CHUNK', 'anchor_size', 'sweep', 'takes']
 

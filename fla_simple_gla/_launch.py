@@ -1,13 +1,11 @@
-"""Launches of kernels at a fraction of what they keep the host, and the passes that they belong to.
+"""Launches of kernels, as triton does them or without it.
 
 At each launch triton binds the arguments anew, finds out what of them to specialise on, looks for the kernel, and encodes the tensor
-descriptors: that takes longer than a small kernel runs. But what it finds depends on nothing but the numbers among the arguments and the
-layouts of the tensors. So a launcher keeps what it found for these, and later launches with the same put in the addresses, and call the
-CUDA driver (`_driver.py`). Each launch looks at the very tensors that it is given: nothing is assumed of what happened before it.
+descriptors: that takes longer than a small kernel runs. Here the first launch of a kernel with some constants and specialisation is
+triton's; the compiled kernel is kept, and the CUDA driver is called for later ones (`_driver.py`).
 
-A pass is what a mode runs on the GPU in one go, forward or backward: it allocates, and launches. It runs on the device of its tensors.
-When one of its launches needs a kernel that is not compiled yet, the pass is gone through once without memory and launches, to find out
-which kernels there will be, and these are compiled side by side.
+When a launch needs a kernel that is not compiled yet, its pass is gone through once without memory and launches, to find out which
+kernels there will be, and these are compiled side by side.
 """
 
 import functools
@@ -17,33 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._cache import Cache
-from ._driver import Launch, Tiles, Variant, cuda_driver
-from ._private import launches_are_observed, private, with_allocator
-from ._triton import scratch, switched_off, warn_once, why_not
+from ._driver import Launch, Tiles, Variant
+from ._passes import Pass, dry_run, thread
+from ._private import current_stream, private, with_allocator
+from ._triton import scratch
 
-
-class Pass(NamedTuple):
-    """The pass that runs in a thread."""
-
-    run: Callable
-    arguments: tuple
-    device: int
-    direct: bool  # whether its launches are for the driver
-    launches: list | None = None  # of a dry run, what it would launch
-
-
-class Thread(threading.local):
-    def __init__(self):
-        self.running = None
-        self.devices = set()  # whose contexts this thread has made its own
-
-
-thread = Thread()
-# What is to be launched: by launcher, device, numbers and the layouts of the tensors
-launches = Cache(4096)
 # Compiled kernels: by kernel, device, constants, and what triton specialises on
 variants = {}
 # Held by the one thread that compiles and loads kernels, which others may be about to launch. Triton up to 3.6 compiles a launcher in C for
@@ -51,76 +28,6 @@ variants = {}
 # module that got the name last: it may be one that another thread has just loaded, and is about to take the launcher from. And triton, up
 # to 3.9 at least, lets a thread launch a kernel that another is still loading.
 loading = threading.RLock()
-# Triton's interpreter replaces functions of `triton.language` while a kernel runs: one thread at a time.
-interpreting = threading.RLock()
-
-
-@functools.cache
-def why_not_direct() -> str | None:
-    """Why the CUDA driver is not called directly; None where it is."""
-    if torch.version.cuda is None:
-        return 'PyTorch is not built for CUDA'
-    if switched_off('FLA_SIMPLE_GLA_DIRECT'):
-        return 'FLA_SIMPLE_GLA_DIRECT=0 is in the environment'
-    if private('triton.compiler.CompiledKernel') is None:
-        return 'triton has no CompiledKernel'
-    reason = why_not('direct')
-    if reason is not None:
-        warn_once('direct')
-        return reason
-    return None if cuda_driver() is not None else 'the CUDA driver (libcuda.so.1) is not found, or too old'
-
-
-def device_pass(run: Callable) -> Callable:
-    """Decorates a pass, `run(tensors, *others)`, whose first tensor is not None: it runs on the device of that one.
-
-    It may run twice, the first time without launches and on allocations without memory. So all that it does with tensors is to allocate
-    them with `empty` and `zeros`, to take views, and to launch; in that first run anything else is an error.
-    """
-
-    @functools.wraps(run)
-    def call(*arguments):
-        x = arguments[0][0]
-        if not x.is_cuda:
-            with interpreting:
-                return run(*arguments)
-        device = x.get_device()
-        if device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return call(*arguments)
-        if device not in thread.devices:
-            enter_context(x)
-        outer = thread.running
-        thread.running = Pass(run, arguments, device, why_not_direct() is None and not launches_are_observed())
-        try:
-            return run(*arguments)
-        finally:
-            thread.running = outer
-
-    return call
-
-
-def enter_context(x: torch.Tensor) -> None:
-    """Make the context of x's device that of this thread.
-
-    A thread that has not used the GPU itself has none, such as autograd's when its memory was there before. Triton's launches look
-    for one, but to encode a descriptor fails without ("invalid device context").
-    """
-    x.new_zeros(1)  # any call that starts something there
-    thread.devices.add(x.get_device())
-
-
-def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor on like's device, and of its dtype if none is given: what a pass allocates."""
-    if thread.running is not None and thread.running.launches is not None:
-        return torch.empty(shape, dtype=dtype or like.dtype, device='meta')
-    return like.new_empty(shape, dtype=dtype)
-
-
-def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    if thread.running is not None and thread.running.launches is not None:
-        return torch.empty(shape, dtype=dtype or like.dtype, device='meta')
-    return like.new_zeros(shape, dtype=dtype)
 
 
 class Prepared(NamedTuple):
@@ -169,65 +76,57 @@ def launcher(prepare: Callable) -> Callable:
     """Decorates a function that tells how to launch a kernel, which is then called as `launch(tensors, *numbers)`.
 
     The function, `prepare(tensors, *numbers)`, returns the kernel, a grid of three, the arguments, and the constants and options. The
-    tensors are the kernel's first arguments, in this order, each None, as it is or in `Tiles`. What the function returns depends on
-    nothing but the numbers, which are hashable, and of the tensors on dtypes, shapes, strides, whether an address is a multiple of 16, and
-    which are None.
+    tensors are the kernel's first arguments, in this order, each None, as it is or in `Tiles`. In a dry run those that the pass allocates
+    are on the meta device.
     """
 
     @functools.wraps(prepare)
     def launch(tensors: tuple[torch.Tensor | None, ...], *numbers) -> None:
         this = thread.running
+        prepared = Prepared(*prepare(tensors, *numbers))
         if this is None or not this.direct:
-            launch_by_triton(Prepared(*prepare(tensors, *numbers)))
-            return
-        if this.launches is not None:
-            this.launches.append(Prepared(*prepare(tensors, *numbers)))
-            return
-        key, addresses = [launch, this.device, *numbers], []
-        for x in tensors:
-            if x is None:
-                key.append(None)
-                addresses.append(None)
-            else:
-                address = x.data_ptr()
-                addresses.append(address)
-                key += x.dtype, x.shape, x.stride(), address % 16
-        key = tuple(key)
-        known = launches.get(key)
-        if known is None:
-            known = first_launch(key, Prepared(*prepare(tensors, *numbers)), this)
-        if known is not None:
-            known(addresses, tensors[0], this.device)
+            launch_by_triton(prepared)
+        elif this.dry is not None:
+            this.dry.append(prepared)
+        else:
+            started = launch_directly(prepared, tensors, this)
+            if this.record is not None:
+                this.record.launched(started, tensors)
 
     return launch
 
 
 def launch_by_triton(prepared: Prepared):
     kernel, grid, args, constants = prepared
-    args = [arg.for_triton() if isinstance(arg, Tiles) else arg for arg in args]
+    args = for_triton(args)
     if constants.get('TMA'):  # such a kernel makes descriptors, in memory that triton allocates
         return with_allocator(scratch, lambda: kernel[grid](*args, **constants))
     return kernel[grid](*args, **constants)
 
 
-def first_launch(key: tuple, prepared: Prepared, this: Pass) -> Launch | None:
-    """What to launch; None where triton has launched it."""
-    variant = variants.get(variant_key := prepared.key(this.device))
+def for_triton(args: tuple) -> list:
+    return [arg.for_triton() if isinstance(arg, Tiles) else arg for arg in args]
+
+
+def launch_directly(prepared: Prepared, tensors: tuple[torch.Tensor | None, ...], this: Pass) -> Launch | None:
+    """Launch by the driver; by triton, and return None, where the kernel is not compiled yet or takes other parameters than are known."""
+    key = prepared.key(this.device)
+    variant = variants.get(key)
     if variant is None:
         with loading:
-            variant = variants.get(variant_key)  # another thread may have compiled it by now
+            variant = variants.get(key)  # another thread may have compiled it by now
             if variant is None:
                 compile_side_by_side(this)
                 compiled = launch_by_triton(prepared)
                 if isinstance(compiled, private('triton.compiler.CompiledKernel')):  # a hook of triton may have taken it away
-                    variants[variant_key] = Variant(compiled, len(prepared.args))
+                    variants[key] = Variant(compiled, len(prepared.args))
                 return None
     if not variant.is_understood:
         launch_by_triton(prepared)
         return None
-    known = Launch(variant, prepared.grid, prepared.args)
-    launches.put(key, known)
-    return known
+    launch = Launch.of(variant, prepared.grid, prepared.args)
+    launch.start([None if x is None else x.data_ptr() for x in tensors], tensors[0], current_stream(this.device))
+    return launch
 
 
 def compile_side_by_side(this: Pass) -> None:
@@ -251,37 +150,9 @@ def compile_side_by_side(this: Pass) -> None:
             launcher_class(kernel.src, kernel.metadata)
         return kernel
 
-    def start(prepared):
-        kernel, grid, args, constants = prepared
-        args = [arg.for_triton() if isinstance(arg, Tiles) else arg for arg in args]
-        return kernel.warmup(*args, grid=grid, **constants)
-
     with ThreadPoolExecutor() as pool:
         with mode(pool):
-            kernels = [start(prepared) for prepared in new]
+            kernels = [kernel.warmup(*for_triton(args), grid=grid, **constants) for kernel, grid, args, constants in new]
         kernels = [*pool.map(build, kernels)]
     for kernel in kernels:
         _ = kernel and kernel.run  # loads it
-
-
-def dry_run(this: Pass) -> list[Prepared]:
-    """What a pass launches."""
-    found = []
-    thread.running = this._replace(launches=found)
-    try:
-        with AllocationsAndViews():
-            this.run(*this.arguments)
-    finally:
-        thread.running = this
-    return found
-
-
-class AllocationsAndViews(TorchDispatchMode):
-    """Refuses operations that compute or write: in a dry run there is nothing to compute from, and what is given must stay as it is."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        schema = func._schema
-        view = schema.returns and all(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
-        if not view and func.overloadpacket.__name__ not in ('empty', 'new_empty', 'empty_like', 'new_zeros'):
-            raise RuntimeError(f'a pass only allocates, takes views and launches, but calls {func}: call it outside of the pass')
-        return func(*args, **kwargs or {})

@@ -43,7 +43,7 @@ class Mode:
         call = under_autocast(call)
         plan = plan_for(call)
         path = dispatch_path(plan, call)
-        if path != 'operators':
+        if (call.cu_seqlens is not None or call.state_indices is not None) and path != 'operators':
             check_contents(Inputs(*call[:4], call.initial_state, call.cu_seqlens, call.state_indices), call.cu_seqlens_cpu)
         g = call.g if call.g_gamma is None else call.g_gamma.expand(call.v.shape[:3])
         if call.state_indices is not None or call.intermediate_states_buffer is not None:
@@ -126,11 +126,10 @@ class ModeFunction(torch.autograd.Function):
 
 def dispatch_path(plan: Plan, call: Call) -> str:
     """By what a call is computed: 'operators', 'kernels' or, on the CPU, 'naive'."""
-    by_operators = plan.needs_operator or torch.compiler.is_compiling()
-    if not by_operators and not runs_kernels(call.q):
+    if not plan.needs_operator and not runs_kernels(call.q):
         return 'naive'
-    refuse_tangents(*call.tensors())
-    if by_operators:
+    refuse_tangents(call.optional_tensors())
+    if plan.needs_operator:
         return 'operators'
     if transforms_are_active():
         raise NotImplementedError(
@@ -144,8 +143,7 @@ def backward_needs_operator(*gradients: torch.Tensor | None) -> bool:
     """Whether the backward is for the operator: it is traced (compiled autograd), what it returns may be differentiated again, which the
     operator's results refuse, or kernels cannot read a gradient from its memory.
     """
-    given = [x for x in gradients if x is not None]
-    refuse_tangents(*given)
+    refuse_tangents(gradients)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
-    return any(type(x) not in PLAIN or needs_operator(x) for x in given)
+    return any(x is not None and (type(x) not in PLAIN or needs_operator(x)) for x in gradients)

@@ -13,7 +13,7 @@ new one. The second result is the final state or, of `parallel`, the attention m
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -41,8 +41,8 @@ SOURCES = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(pathlib.P
 SOURCES += os.environ.get('FLA_SIMPLE_GLA_HOPPER', '')
 
 
-def refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    if has_tangent(*tensors):
+def refuse_tangents(tensors: Iterable[torch.Tensor | None]) -> None:
+    if has_tangent(tensors):
         raise NotImplementedError('the kernels have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)')
 
 
@@ -102,7 +102,7 @@ class Operators:
 
     def compute(self, *arguments):
         inputs, (scale, output, reverse, _) = Inputs(*arguments[:6]), arguments[6:]
-        refuse_tangents(*inputs)
+        refuse_tangents(inputs)
         check_contents(inputs)
         plan = new_plan(inputs.q, scale, output, reverse)
         if runs_kernels(inputs.q):
@@ -127,7 +127,7 @@ class Operators:
         ctx.set_materialize_grads(False)
 
     def differentiate(self, ctx, do, dht, _):
-        refuse_tangents(do, dht)
+        refuse_tangents((do, dht))
         *tensors, states = ctx.saved_tensors
         options = Options(ctx.scale, reverse=ctx.reverse)
         found = self.gradients(Inputs(*tensors), states, (do, dht), Gradients(*ctx.needs_input_grad[:5]), options)
@@ -179,7 +179,7 @@ class Operators:
 
     def compute_in_place(self, *arguments):
         inputs, (pool, indices, buffer, scale, output, reverse, v_first) = Inputs(*arguments[:6]), arguments[6:]
-        refuse_tangents(*inputs, pool)
+        refuse_tangents((*inputs, pool))
         inputs = inputs._replace(initial_state=inputs.initial_state if pool is None else pool, state_indices=indices, states=buffer)
         check_contents(inputs)
         o, final_state = self.mode.run_in_place(inputs, v_first, new_plan(inputs.q, scale, output, reverse))

@@ -13,6 +13,7 @@ import torch
 
 from ._cache import Cache
 from ._layout import rows_in_place
+from ._passes import shared
 from ._private import is_zero_tensor
 from ._triton import runs_kernels
 from ._validation import Call, check_call
@@ -35,7 +36,10 @@ class Inputs(NamedTuple):
 
     def with_rows_in_place(self) -> 'Inputs':
         """These, with copies of q, k and v where kernels cannot read them as they lie."""
-        return Inputs(*map(rows_in_place, self[:3]), *self[3:])
+        q, k, v, *others = self
+        if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+            return self
+        return Inputs(*map(rows_in_place, (q, k, v)), *others)
 
 
 class Gradients(NamedTuple):
@@ -102,17 +106,23 @@ def plan_for(call: Call) -> Plan:
 
 
 def plan_key(call: Call) -> tuple | None:
-    """The types of all arguments, the options, and the layouts of all tensors; None if there is no telling."""
+    """The options, and the types and layouts of all tensors; None if there is no telling."""
+    options, addresses = call.options(), []
     # the types, too: 1 + 0j equals 1.0, but is no scale
-    key = [*call.options(), *map(type, call)]
+    key = [*options, *map(type, options)]
     try:
-        for x in call.tensors():
+        for x in call.optional_tensors():
+            if x is None:
+                key.append(None)
+                continue
             if type(x) not in PLAIN:
                 return None
             address = x.data_ptr()
             if not address and x.numel():
                 return None
+            addresses.append(address)
             key += x.dtype, x.shape, x.stride(), x.device, x.is_neg(), address % 16
+        key.append(shared(addresses))
         if call.q.dtype is torch.float32:
             key.append(fp32_precision(torch.float32))
         key = tuple(key)

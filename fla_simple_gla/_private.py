@@ -7,7 +7,7 @@ beside the name, and nothing else.
 import contextvars
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def is_zero_tensor(x: torch.Tensor) -> bool:
     return ask is not None and ask()
 
 
-def has_tangent(*tensors: torch.Tensor | None) -> bool:
+def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether one of the tensors is a dual number of forward-mode differentiation."""
     if getattr(forward_ad, '_current_level', 0) < 0:  # it changes: no name to keep
         return False

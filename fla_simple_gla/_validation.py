@@ -30,6 +30,9 @@ class Call(NamedTuple):
     reverse: bool = False
     chunk_size: int | None = None
 
+    def optional_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:10]
+
     def tensors(self) -> list[torch.Tensor]:
         """Those that are given."""
         return [x for x in self[:10] if x is not None]

@@ -27,9 +27,10 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
-from ._launch import device_pass, empty, launcher
+from ._launch import launcher
 from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, use_descriptors
 from ._mode import Mode
+from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl, triton
 from ._validation import Call
@@ -331,15 +332,14 @@ def forward_pass(inputs: Inputs, options: Options, hopper, segment: int | None):
 
 
 @device_pass
-def backward_pass(inputs: Inputs, states: tuple, c, do, needs: Gradients, setting: Setting) -> Gradients:
-    """states are those before the segments, and the gradient of the state after each sequence."""
-    q, _, v, *_ = inputs
-    if setting.segment is None:
-        return gradients(inputs, states, c, do, needs, setting)
-    state, dht = states
-    if c is None:
-        c = sweep_gates(inputs)
-    dstate = boundary_states(Operands(q, q, do, c, dht, cu_seqlens=inputs.cu_seqlens), setting._replace(reverse=True))
+def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradients:
+    """From the inputs, the states before the segments, the sums of the gates, and the gradients of o and of the final states."""
+    inputs, (state, c, do, dstate) = Inputs(*tensors[:8]), tensors[8:]
+    if setting.segment is not None:
+        if c is None:
+            c = sweep_gates(inputs)
+        operands = Operands(inputs.q, inputs.q, do, c, dstate, cu_seqlens=inputs.cu_seqlens)
+        dstate = boundary_states(operands, setting._replace(reverse=True))
     return gradients(inputs, (state, dstate), c, do, needs, setting)
 
 
@@ -356,15 +356,16 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
     hopper, segment = plan.once(hopper_for, *inputs[:3]), plan.once(tokens_to_a_segment, inputs)
-    o, final_state, state, c = forward_pass(inputs, plan.options, hopper, segment)
+    o, final_state, state, c = forward_pass(inputs, plan.options, hopper, segment, plan=plan)
     return Results(o, final_state, None if segment is None else state, c)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
     (state, c), (do, dht) = kept, given
     setting = Setting(plan.options.scale, plan.once(tokens_to_a_segment, inputs), precision=plan.options.precision)
-    states = inputs.initial_state if setting.segment is None else state, dht
-    return backward_pass(inputs, states, c, as_sweeps_read(do, inputs, plan), needs, setting)
+    if setting.segment is None:
+        state = inputs.initial_state
+    return Gradients(*backward_pass((*inputs, state, c, as_sweeps_read(do, inputs, plan), dht), needs, setting))
 
 
 def count_states(inputs: Inputs) -> int | None:

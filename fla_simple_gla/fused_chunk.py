@@ -33,9 +33,10 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
-from ._launch import device_pass, empty, launcher
+from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, store_rows, transposed, use_descriptors
 from ._mode import Mode
+from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, switched_off, tl, triton, warn_once, why_not
 from ._validation import Call
@@ -467,13 +468,15 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
 
 @device_pass
 def forward_pass(inputs: Inputs, options: Options, hopper):
+    """o, the final state or None, and the sums of the gates or None."""
     c = None if hopper else sweep_gates(inputs)
     setting = Setting(options.scale, precision=options.precision)
     return *outputs(inputs, inputs.initial_state, c, hopper, setting, options.output), c
 
 
 @device_pass
-def backward_pass(inputs: Inputs, c, do, dht, needs: Gradients, options: Options) -> Gradients:
+def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
+    inputs, (c, do, dht) = Inputs(*tensors[:8]), tensors[8:]
     return gradients(inputs, (inputs.initial_state, dht), c, do, needs, Setting(options.scale, precision=options.precision))
 
 
@@ -482,19 +485,19 @@ def as_sweeps_read(do: torch.Tensor, inputs: Inputs, plan: Plan) -> torch.Tensor
 
     A mean over tokens has such a gradient, with a stride of 0 along T.
     """
-    if plan.once(hopper_for, *inputs[:3]) and not hopper_for(*inputs[:3], do):
-        return do.contiguous()
-    return do
+    if do.is_contiguous() and do.data_ptr() % 16 == 0 or not plan.once(hopper_for, *inputs[:3]) or hopper_for(*inputs[:3], do):
+        return do
+    return do.contiguous()
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    o, final_state, c = forward_pass(inputs, plan.options, plan.once(hopper_for, *inputs[:3]))
+    o, final_state, c = forward_pass(inputs, plan.options, plan.once(hopper_for, *inputs[:3]), plan=plan)
     return Results(o, final_state, gates=c)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
     (_, c), (do, dht) = kept, given
-    return backward_pass(inputs, c, as_sweeps_read(do, inputs, plan), dht, needs, plan.options)
+    return Gradients(*backward_pass((*inputs, c, as_sweeps_read(do, inputs, plan), dht), needs, plan.options))
 
 
 def naive(inputs: Inputs, options: Options):

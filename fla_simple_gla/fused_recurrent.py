@@ -30,9 +30,10 @@ import torch
 
 from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
-from ._launch import device_pass, empty, launcher
+from ._launch import launcher
 from ._layout import transposed
 from ._mode import Mode
+from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl, triton
 from ._validation import Call
@@ -323,9 +324,9 @@ def forward_pass(inputs: Inputs, options: Options):
 
 
 @device_pass
-def backward_pass(inputs: Inputs, do, dht, needs: Gradients, options: Options) -> Gradients:
+def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
     """The gradients that are needed, those of q and k for each head of v, and dg `[NV, B, T, H]`, to be added up."""
-    q, k, v, g, initial_state, cu_seqlens, *_ = inputs
+    q, k, v, g, initial_state, cu_seqlens, _, _, do, dht = tensors
     scale, reverse = options.scale, options.reverse
     w = anchors = None
     dq = dk = dv = dg = dh0 = None
@@ -347,11 +348,11 @@ def backward_pass(inputs: Inputs, do, dht, needs: Gradients, options: Options) -
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    return Results(*forward_pass(inputs, plan.options))
+    return Results(*forward_pass(inputs, plan.options, plan=plan))
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
-    found = backward_pass(inputs, *given, needs, plan.options)
+    found = Gradients(*backward_pass((*inputs, *given), needs, plan.options))
     return found if found.g is None else found._replace(g=found.g.sum(0).to(inputs.g.dtype))
 
 

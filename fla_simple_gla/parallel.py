@@ -33,9 +33,10 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
-from ._launch import device_pass, empty, launcher, zeros
+from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, store_rows, use_descriptors
 from ._mode import Mode
+from ._passes import device_pass, empty, zeros
 from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl, triton
 from ._validation import Call
@@ -552,23 +553,23 @@ def sums_of_gates(inputs: Inputs, hopper, scale: float) -> Gates:
 
 @device_pass
 def forward_pass(inputs: Inputs, options: Options, hopper):
-    """o, the attention map or None, and what the backward reads of the gates."""
+    """o, the attention map or None, and the three that the backward reads of the gates."""
     gates = sums_of_gates(inputs, hopper, options.scale)
     operands = Operands(*inputs[:3], gates, cu_seqlens=inputs.cu_seqlens)
     setting = Setting(options.scale, precision=options.precision)
     if hopper:
         o, *_ = hopper.walk(operands, setting)
-        return o, None, gates
+        return o, None, *gates
     o, attention, *_ = attend(operands, setting, options.output)
-    return o, attention, gates
+    return o, attention, *gates
 
 
 @device_pass
-def backward_pass(inputs: Inputs, gates: Gates | None, do, needs: Gradients, options: Options, hopper) -> Gradients:
+def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper) -> Gradients:
     """The gradients that are needed, those of q and k for each head of v."""
+    inputs, (*gates, do) = Inputs(*tensors[:8]), tensors[8:]
     q, k, v, g, _, cu_seqlens, *_ = inputs
-    if gates is None:
-        gates = sums_of_gates(inputs, hopper, options.scale)
+    gates = sums_of_gates(inputs, hopper, options.scale) if gates[0] is None else Gates(*gates)
     walk = hopper.walk if hopper else attend
     forward = Setting(options.scale, precision=options.precision)
     reverse = forward._replace(reverse=True)
@@ -590,7 +591,7 @@ def walks_for(inputs: Inputs, plan: Plan):
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    o, attention, gates = forward_pass(inputs, plan.options, walks_for(inputs, plan))
+    o, attention, *gates = forward_pass(inputs, plan.options, walks_for(inputs, plan), plan=plan)
     return Results(o, attention, gates=gates)
 
 
@@ -600,7 +601,7 @@ def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: 
     if hopper and not hopper_for(*inputs[:2], do):
         # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
         do = do.contiguous()
-    return backward_pass(inputs, gates, do, needs, plan.options, hopper)
+    return Gradients(*backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper))
 
 
 def naive(inputs: Inputs, options: Options):

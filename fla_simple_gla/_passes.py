@@ -1,0 +1,275 @@
+"""Passes over kernels, and their replay at a fraction of what they keep the host.
+
+A pass is what a mode runs on the GPU in one go, forward or backward: it allocates, and launches. With which numbers it does so follows from
+its own numbers and from the layouts of the tensors that it is given. The first call with some of these runs the pass. The second, too,
+and what it does is recorded. Later ones replay the record: they allocate, put in the addresses, and call the CUDA driver (`_driver.py`).
+
+A record holds allocations and launches, and nothing else that a pass might do with its tensors. So nothing else is let through while one
+is made: it is an error (`AllocationsAndViews`).
+
+Memory: a record has some 3 KB beside its launches, and at most 2,048 are kept (`_cache.py`).
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._cache import Cache
+from ._driver import Launch, why_not_direct
+from ._private import current_stream, launches_are_observed
+
+# Triton's interpreter replaces functions of `triton.language` while a kernel runs: one thread at a time.
+interpreting = threading.RLock()
+
+
+class Pass(NamedTuple):
+    """The pass that runs in a thread."""
+
+    run: Callable
+    arguments: tuple
+    device: int
+    direct: bool  # whether its launches are for the driver
+    record: 'Record | None' = None  # that is being made of it
+    dry: list | None = None  # of a dry run, what it would launch
+
+
+class Thread(threading.local):
+    def __init__(self):
+        self.running = None
+        self.devices = set()  # whose contexts this thread has made its own
+
+
+thread = Thread()
+# Bytes of a tensor that a replay may keep until its end, so that it shares one allocation with all others of no more
+SMALL = 2**24
+# What addresses are multiples of, of tensors that share an allocation: more than any load or descriptor asks for
+ALIGNMENT = 256
+# By the pass, its numbers and the layouts of its tensors: SEEN, a record, or UNKNOWN where there can be none.
+records = Cache(1024)
+SEEN, UNKNOWN = 'seen', 'unknown'
+
+
+def device_pass(run: Callable) -> Callable:
+    """Decorates a pass, `run(tensors, *numbers)`, which is then called so, or with the key of a plan that knows the layouts of the tensors.
+
+    It runs on the device of the first tensor, which is not None, and returns a tuple of tensors that it was given or allocated, and None.
+    All it does with tensors is to allocate them with `empty` and `zeros`, to take views, and to launch. How it does so depends on nothing
+    but the numbers, which are hashable, and of the tensors on dtypes, shapes, strides, whether an address is a multiple of 16, which are
+    None, and which share an address.
+    """
+
+    @functools.wraps(run)
+    def call(tensors: tuple[torch.Tensor | None, ...], *numbers, plan=None) -> tuple[torch.Tensor | None, ...]:
+        x = tensors[0]
+        if not on_gpu(x):
+            with interpreting:
+                return run(tensors, *numbers)
+        device = x.get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return call(tensors, *numbers, plan=plan)
+        if device not in thread.devices:
+            enter_context(x)
+        direct = why_not_direct() is None and not launches_are_observed()
+        key = record = None
+        if direct:
+            key = (run, device, numbers, layouts(tensors)) if plan is None or not plan.cached else (run, device, numbers, plan)
+            record = records.get(key)
+            if type(record) is Record:
+                return record.replay(tensors, device)
+        outer = thread.running
+        try:
+            if record is SEEN:
+                return make_record(key, Pass(run, (tensors, *numbers), device, direct))
+            thread.running = Pass(run, (tensors, *numbers), device, direct)
+            return run(tensors, *numbers)
+        finally:
+            thread.running = outer
+            if direct and record is None:
+                records.put(key, SEEN)
+
+    return call
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def enter_context(x: torch.Tensor) -> None:
+    """Make the context of x's device that of this thread.
+
+    A thread that has not used the GPU itself has none, such as autograd's when its memory was there before. Triton's launches look
+    for one, but to encode a descriptor fails without ("invalid device context").
+    """
+    x.new_zeros(1)  # any call that starts something there
+    thread.devices.add(x.get_device())
+
+
+def layouts(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+    """Of each tensor all that a plan or a record may depend on."""
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    found = [None if x is None else (x.dtype, x.shape, x.stride(), address % 16) for x, address in zip(tensors, addresses)]
+    return *found, shared(addresses)
+
+
+def shared(addresses: list[int | None]) -> tuple | None:
+    """Which of the addresses are the same, if any are: records tell tensors by their addresses."""
+    given = [address for address in addresses if address is not None]
+    return None if len({*given}) == len(given) else tuple([addresses.index(address) for address in addresses])
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor on like's device, and of its dtype if none is given: what a pass allocates."""
+    return allocate(like, 'new_empty', shape, dtype or like.dtype)
+
+
+def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return allocate(like, 'new_zeros', shape, dtype or like.dtype)
+
+
+def allocate(like, how, shape, dtype):
+    this = thread.running
+    if this is not None and this.dry is not None:
+        return torch.empty(shape, dtype=dtype, device='meta')
+    x = getattr(like, how)(shape, dtype=dtype)
+    if this is not None and this.record is not None:
+        this.record.allocated(x, how)
+    return x
+
+
+class Allocation(NamedTuple):
+    """A tensor that a pass allocates: by which method of a tensor, and like which of those that it was given, if any."""
+
+    how: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int  # bytes
+    twin: int | None
+
+    def make(self, tensors: list[torch.Tensor | None]) -> torch.Tensor:
+        if self.twin is not None:
+            return torch.empty_like(tensors[self.twin])  # takes a third of the time
+        return getattr(tensors[0], self.how)(self.shape, dtype=self.dtype)
+
+
+class Step(NamedTuple):
+    """Of a replay: a launch; or a tensor, by its number, and what allocates it, or None to free it."""
+
+    launch: Launch | None
+    number: int | None = None
+    allocation: Allocation | None = None
+
+
+class Record:
+    """What a pass did, in terms of tensors by number: those it was given, then those it allocated. It holds on to none of them."""
+
+    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+        self.given = len(tensors)
+        self.allocations = []
+        self.steps = []
+        self.is_complete = True
+        self.twins = {
+            (x.dtype, x.shape): i
+            for i, x in enumerate(tensors)
+            if type(x) is torch.Tensor and x.is_contiguous()
+        }
+        # The latest with an address or an identity is the one that is alive, and of the given ones the first.
+        numbered = [(i, x) for i, x in enumerate(tensors) if x is not None]
+        self.by_address = {x.data_ptr(): i for i, x in reversed(numbered)}
+        self.by_identity = {id(x): i for i, x in reversed(numbered)}
+
+    def allocated(self, x: torch.Tensor, how: str) -> None:
+        number = self.given + len(self.allocations)
+        self.by_address[x.data_ptr()] = self.by_identity[id(x)] = number
+        twin = self.twins.get((x.dtype, x.shape)) if how == 'new_empty' else None
+        self.allocations.append(Allocation(how, x.shape, x.dtype, x.nbytes, twin))
+        self.steps.append(Step(None, number, self.allocations[-1]))
+
+    def launched(self, launch: Launch | None, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """A launch of these tensors, None if it was not the driver's."""
+        numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
+        if launch is None or any(x is not None and number is None for x, number in zip(tensors, numbers)):
+            self.is_complete = False
+        else:
+            self.steps.append(Step(launch.renumbered(numbers)))
+
+    def finish(self, results: tuple[torch.Tensor | None, ...]) -> None:
+        self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
+        self.is_complete &= all(x is None or i is not None for x, i in zip(results, self.results))
+        # Small ones that are not among the results share an allocation, at these offsets.
+        self.offsets = [None] * len(self.allocations)
+        self.shared = 0
+        for i, allocation in enumerate(self.allocations):
+            if allocation.how == 'new_empty' and allocation.size <= SMALL and self.given + i not in self.results:
+                self.offsets[i] = self.shared
+                self.shared += -(-allocation.size // ALIGNMENT) * ALIGNMENT
+        sharing = {self.given + i for i, offset in enumerate(self.offsets) if offset is not None}
+        # The others are freed after their last launch.
+        needed, steps = {*self.results, *range(self.given), *sharing}, []
+        for step in reversed(self.steps):
+            if step.launch is not None:
+                used = {*step.launch.pointers, *(i for _, i, _ in step.launch.maps)}
+                steps += [Step(None, number) for number in used - needed]
+                needed |= used
+            if step.number not in sharing:
+                steps.append(step)
+        self.steps = steps[::-1]
+        del self.by_address, self.by_identity, self.allocations, self.twins
+
+    def replay(self, tensors: tuple[torch.Tensor | None, ...], device: int) -> tuple[torch.Tensor | None, ...]:
+        like, stream, start = tensors[0], current_stream(device), 0
+        if self.shared:
+            # the largest integer, with which PyTorch can be told to fill it, is NaN in every floating dtype
+            memory = like.new_empty(self.shared // 4, dtype=torch.int32)
+            start = memory.data_ptr()
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        addresses += [None if offset is None else start + offset for offset in self.offsets]
+        tensors = [*tensors, *[None] * len(self.offsets)]
+        for launch, number, allocation in self.steps:
+            if launch is not None:
+                launch.start(addresses, like, stream)
+            elif allocation is None:
+                tensors[number] = None
+            else:
+                # by no name of its own, which would keep it from being freed
+                tensors[number] = allocation.make(tensors)
+                addresses[number] = tensors[number].data_ptr()
+        return tuple([None if i is None else tensors[i] for i in self.results])
+
+
+def make_record(key: tuple, this: Pass) -> tuple[torch.Tensor | None, ...]:
+    """Run a pass, and record what it does."""
+    record = Record(this.arguments[0])
+    thread.running = this._replace(record=record)
+    with AllocationsAndViews():
+        results = this.run(*this.arguments)
+    record.finish(results)
+    records.put(key, record if record.is_complete else UNKNOWN)
+    return results
+
+
+def dry_run(this: Pass) -> list:
+    """What a pass launches: it runs without memory for what it allocates, and without launches."""
+    found = []
+    thread.running = this._replace(dry=found, record=None)
+    try:
+        with AllocationsAndViews():
+            this.run(*this.arguments)
+    finally:
+        thread.running = this
+    return found
+
+
+class AllocationsAndViews(TorchDispatchMode):
+    """Refuses operations that compute or write."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns = func._schema.returns
+        view = returns and all(result.alias_info is not None and not result.alias_info.is_write for result in returns)
+        if not view and func.overloadpacket.__name__ not in ('empty', 'new_empty', 'new_zeros'):
+            raise RuntimeError(f'a pass only allocates, takes views and launches, but calls {func}: call it outside of the pass')
+        return func(*args, **kwargs or {})
