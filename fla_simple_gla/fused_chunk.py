@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import anchor_tokens, chunk_gates, gate_gradient
 from ._launch import empty, launcher, plan_for, recorded
 from ._layout import is_hopper, load_rows, open_rows, rows_in_place, store_rows, sum_heads, transposed, use_descriptors
@@ -43,7 +43,7 @@ from ._validation import check_no_gradients, under_autocast
 from .naive import naive_chunk_simple_gla
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'part', 'c_part', 'blocks', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'scale'])
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -60,6 +60,7 @@ def sweep_kernel(
     indices,  # [N]: the slots of the sequences' states; or None
     scale,
     N, T,
+    P,  # slots of the pool
     segment,  # tokens
     q_b, q_t, q_h,
     k_b, k_t, k_h,
@@ -93,7 +94,7 @@ def sweep_kernel(
     i_s = tl.program_id(0) // (NV * H)
     if SEGMENTS:
         i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
-        if (first >= end) & (first > bos):
+        if first >= end:
             return
     else:
         i_n = i_s
@@ -102,6 +103,7 @@ def sweep_kernel(
             bos = i_n * 0
             eos = bos + T
         else:
+            i_n -= 1
             i_b = tl.zeros([], tl.int64)
             bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
         first = bos
@@ -120,10 +122,10 @@ def sweep_kernel(
     i_f = first.to(tl.int64)
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
-    i_p = state_slot(indices, i_n, N)
+    i_p = state_slot(indices, i_n, N, P)
     if cu_seqlens is not None or indices is not None:
-        # the tokens behind the last sequence, and padding
-        if (i_n == N) | (i_p < 0):
+        # the tokens in no sequence, and padding
+        if ~is_sequence(i_n, N) | (i_p < 0):
             for i_t in range(NT):
                 store_rows(r_o, H * V, L, i_t * BT, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
@@ -212,7 +214,7 @@ def sweep_kernel(
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
-        # the last segment's
+        # the last segment's; of sequences without tokens, which have none, the combine leaves it
         if (first == bos if REVERSE else end == eos):
             p_out = state_out + i_p * so_n + i_h * so_h + o_k.to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
             tl.store(p_out, b_s, mask=m_s)
@@ -290,7 +292,7 @@ def launch_sweep(
     BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
     args = (
         q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices,
-        scale, count_sequences(B, cu_seqlens), T, segment or 0,
+        scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if x is None else x.stride()[:3]),
         *((0,) * 4 if state_in is None else state_in.stride()), *((0,) * 4 if state_out is None else state_out.stride()),
         B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
@@ -317,7 +319,6 @@ def sweep(
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    N = count_sequences(B, cu_seqlens)
     o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
     if x is not None:
@@ -326,8 +327,7 @@ def sweep(
         if reverse:
             x_inter = empty(x_o, *x_o.shape)
             s_ds = empty(q, NV, anchors.shape[0], H, dtype=torch.float32)
-    # with packed sequences one more, the tokens behind them, which gets zeros
-    slots = N + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+    slots = count_numbers(B, cu_seqlens) if segment is None else count_slots(B, T, segment, cu_seqlens)
     if slots:
         tma = use_descriptors(q, k, v, o, x)
         tensors = q, k, v, c, state_in, o, state_out, x, x_o, x_inter, anchors, s_ds, cu_seqlens, indices
@@ -372,18 +372,24 @@ def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch
     return module
 
 
-def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None, pool=None, indices=None):
+def new_states(q, v, cu_seqlens):
+    """A tensor for the final states."""
+    return empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def outputs(
+    q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state, precision, segment=None, pool=None, indices=None, final_state=None,
+):
     """`o`, and the final state or None, from the states that the sequences or their segments start with. With indices the final states go
     to these slots of the pool, which is returned.
 
-    c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
+    c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`. final_state is where the final states
+    go, if there is a tensor for them already.
     """
-    final_state = None
     if indices is not None:
         final_state = pool
-    elif output_final_state:
-        N = count_sequences(q.shape[0], cu_seqlens)
-        final_state = empty(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    elif output_final_state and final_state is None:
+        final_state = new_states(q, v, cu_seqlens)
     options = dict(segment=segment, state_in=state, state_out=final_state, indices=indices)
     if hopper:
         o, *_ = hopper.sweep(q, k, v, g, scale, cu_seqlens, **options)
@@ -392,9 +398,9 @@ def outputs(q, k, v, g, c, state, cu_seqlens, hopper, scale, output_final_state,
     return o, final_state
 
 
-def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment=None):
+def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs, scale, precision, segment=None, dh0=None):
     """dq and dk for each head of v, dv, dg and dh0, each if it is needed, from the states that the sequences or their segments start
-    with, and from the gradients of those that they end with.
+    with, and from the gradients of those that they end with. dh0 is where the last goes, if there is a tensor for it already.
     """
     need_q, need_k, need_v, need_g, need_h0 = needs
     B, T, H, V = v.shape
@@ -405,11 +411,11 @@ def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
     BA = anchor_tokens(segment, 384 if one_reverse_sweep else 256)
     anchors = None
-    dq = dk = dv = dg = dh0 = y = None
+    dq = dk = dv = dg = y = None
     if need_g:
         size = hopper.anchor_size(K, V) if hopper else K * V
         anchors = empty(q, count_slots(B, T, BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
-    if need_h0:
+    if need_h0 and dh0 is None:
         dh0 = empty(initial_state, *initial_state.shape)
 
     if hopper:
@@ -436,7 +442,7 @@ def gradients(q, k, v, g, c, do, initial_state, state, dstate, cu_seqlens, needs
         if need_v or need_h0:
             dv, *_ = run(k, q, do, state_in=dstate, state_out=dh0, reverse=True)
     if need_g:
-        dg = gate_gradient(g, w, y, z, s_ds, BA, BT, q.dtype, initial_state is not None, cu_seqlens)
+        dg = gate_gradient(g, w, y, z, s_ds, BA, BT, q.dtype, initial_state is not None, cu_seqlens, segment)
     return dq, dk, dv, dg, dh0
 
 

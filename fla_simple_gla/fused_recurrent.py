@@ -28,7 +28,7 @@ import warnings
 
 import torch
 
-from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import empty, launcher, plan_for, recorded
 from ._layout import rows_in_place, sum_heads, transposed
@@ -51,7 +51,7 @@ def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr,
 
 
 # T = 1 is specialised on: a decode step has no loop then, and takes fewer registers
-@jit(do_not_specialize=['N', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
+@jit(do_not_specialize=['N', 'P', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
 def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -68,6 +68,7 @@ def recurrent_kernel(
     indices,  # [N]: the slots of the pool; or None
     scale,
     N, T,
+    P,  # slots of the pool
     q_b, q_t, q_h,
     k_b, k_t, k_h,
     v_b, v_t, v_h,
@@ -102,6 +103,7 @@ def recurrent_kernel(
         L = T
         slot = first_slot(cu_seqlens, i_n, 0, T, BA)
     else:
+        i_n -= 1
         i_b = tl.zeros([], tl.int64)
         first, end = sequence_bounds(cu_seqlens, i_n, N, T)
         bos = first.to(tl.int64)
@@ -117,10 +119,10 @@ def recurrent_kernel(
     o += ((i_b * T + bos) * H + i_h) * V + o_v
     if x is not None:
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
-    i_p = state_slot(indices, i_n, N)
+    i_p = state_slot(indices, i_n, N, P)
     if cu_seqlens is not None or indices is not None:
-        # the tokens behind the last sequence, and padding
-        if (i_n == N) | (i_p < 0):
+        # the tokens in no sequence, and padding
+        if ~is_sequence(i_n, N) | (i_p < 0):
             for _ in range(L):
                 tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
                 o += H * V
@@ -230,9 +232,7 @@ def run_recurrence(
     if x is not None:
         left = empty(q, triton.cdiv(V, recurrence_config(K, V, None)[0]), B, H, T, dtype=torch.float32)
         w, dg = (w, left) if adjoint else (left, None)
-    # with packed sequences one more, the tokens behind them, which gets zeros
-    sequences = count_sequences(B, cu_seqlens) + (cu_seqlens is not None)
-    if sequences:
+    if count_numbers(B, cu_seqlens):
         launch_recurrence((q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices), scale, reverse, adjoint)
     return o, dg if adjoint else w
 
@@ -266,11 +266,10 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
     B, T, HQ, K = q.shape
     HV, V = v.shape[2:]
     H = max(HQ, HV)
-    N = count_sequences(B, cu_seqlens)
     BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
         q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices,
-        scale, N, T,
+        scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_in.shape[0],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0,) * 3 if g is None else g.stride()), *((0,) * 3 if x is None else x.stride()[:3]),
         *((0, 0) if state_in is None else state_in.stride()[:2]), *((0, 0) if state_out is None else state_out.stride()[:2]),
@@ -281,7 +280,7 @@ def launch_recurrence(q, k, v, g, state_in, o, state_out, states, x, w, anchors,
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
     constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
-    return recurrent_kernel, ((N + (cu_seqlens is not None)) * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return recurrent_kernel, (count_numbers(B, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
 @recorded
