@@ -9,11 +9,12 @@ A kernel that runs on blocks of `BT` tokens needs to know which block is whose. 
 always enough for its blocks, and `T // BT + N + 2` in all is a bound that the host knows. Each number has at least one slot, an empty one
 too; some more stay empty.
 
-A slot belongs to a number that begins at or before it, while the next number begins after it. Where the bounds never decrease there is
-one such number, and its slots are all its own. Where they decrease there may be several, and a search finds one of them. Then too every
-token is in a block of some slot: a search for a later slot finds no earlier number, and the first block that it finds of a number begins
-no later than where the block before it ends. But sequences may share slots, and a sequence may find that some of its slots are another's:
-what it expects there is there (some program of the kernel before has written it), but is not what it would have put there.
+A slot belongs to a number that begins in it or before it, while the next number begins after it. Where bounds never decrease there is
+one such number, and all that it has are its own slots. Where they decrease there may be several, and a search finds one of them. Then too
+every token is in a block of some slot: a search for a later slot finds no earlier number, and the first block that it finds of a number
+begins no later than the block before it ends. But sequences may share tokens and slots. What they get then is some finite result, and
+what one kernel leaves in a slot may be another sequence's than the one that reads it, or not be there at all: kernels that run on
+sequences, or on blocks of another size, ask whose a slot is (`number_of`) before they rely on it.
 """
 
 import torch

@@ -340,7 +340,7 @@ def state(
             i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
         clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, eos, W * BS, SEGMENTS)
         if state_out is not None:
-            # of the last segment; of sequences without tokens, which have none, the combine leaves it
+            # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
             place = state_slot(indices, i_n, N, P)
             if is_sequence(i_n, N) & (place >= 0) & (end == eos) & ((first < end) if SEGMENTS else (first == bos)):
                 p_out = state_out + place * so_n + i_h.to(gl.int64) * so_h

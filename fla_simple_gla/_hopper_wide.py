@@ -334,7 +334,7 @@ def state(
             i, phase = advance(i, phase, STAGES)
         clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, eos, i_v, SEGMENTS)
         if state_out is not None:
-            # of the last segment; of sequences without tokens, which have none, the combine leaves it
+            # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
             last = (first == bos) if REVERSE else (end == eos)
             place = state_slot(indices, i_n, N, P)
             if is_sequence(i_n, N) & (place >= 0) & last & ((first < end) if SEGMENTS else (first == bos)):

@@ -214,7 +214,7 @@ def sweep_kernel(
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
-        # the last segment's; of sequences without tokens, which have none, the combine leaves it
+        # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
         if (first == bos if REVERSE else end == eos):
             p_out = state_out + i_p * so_n + i_h * so_h + o_k.to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
             tl.store(p_out, b_s, mask=m_s)
