@@ -1,9 +1,20 @@
-"""How a batch is cut into blocks of tokens, be its sequences rows of equal length or packed one behind the other.
+"""How a batch is cut into blocks of tokens, be its sequences rows of equal length or packed one after the other.
 
-A kernel that runs on blocks of `BT` tokens needs to know which block is whose, and the boundaries of packed sequences are on the
-device. So sequence n gets the slots from `cu_seqlens[n] // BT + n` on: always enough for its blocks, and `T // BT + N + 1` in all is
-a bound that the host knows. Each sequence has at least one slot, an empty one too; some more stay empty. The tokens behind the last
-sequence count as one more.
+The boundaries of packed sequences are on the device, and nobody has looked at them. So kernels take them for what they can be: a bound
+is moved into the batch, and a sequence that would end before it begins is empty. What `cu_seqlens` contains then leads no kernel out of
+a tensor. Two stretches of a packed batch are no sequences: the tokens before the first one are number -1, and those after the last one
+are number N. They get zeros.
+
+A kernel that runs on blocks of `BT` tokens needs to know which block is whose. So number n gets the slots from `bos // BT + n + 1` on:
+always enough for its blocks, and `T // BT + N + 2` in all is a bound that the host knows. Each number has at least one slot, an empty one
+too; some more stay empty.
+
+A slot belongs to a number that begins in it or before it, while the next number begins after it. Where bounds never decrease there is
+one such number, and all that it has are its own slots. Where they decrease there may be several, and a search finds one of them. Then too
+every token is in a block of some slot: a search for a later slot finds no earlier number, and the first block that it finds of a number
+begins no later than the block before it ends. But sequences may share tokens and slots. What they get then is some finite result, and
+what one kernel leaves in a slot may be another sequence's than the one that reads it, or not be there at all: kernels that run on
+sequences, or on blocks of another size, ask whose a slot is (`number_of`) before they rely on it.
 """
 
 import torch
@@ -12,59 +23,84 @@ from ._triton import jit, tl
 
 
 @jit
-def sequence_bounds(cu_seqlens, i_n, N, T):
-    """First token of sequence i_n and the one after its last; sequence N is what lies behind the others."""
-    bos = tl.load(cu_seqlens + i_n).to(tl.int32)
-    eos = tl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T).to(tl.int32)
-    return bos, eos
+def is_sequence(i_n, N):
+    """Whether number i_n is a sequence, and not what lies before or after all of them."""
+    return (i_n >= 0) & (i_n < N)
 
 
 @jit
-def state_slot(indices, i_n, N):
-    """Where the state of sequence i_n lies among others; -1 where it has none, in a pool."""
+def in_batch(bound, T):
+    """A bound of any integer type, moved into 0..T."""
+    return tl.minimum(tl.maximum(bound, 0), T).to(tl.int32)
+
+
+@jit
+def sequence_bounds(cu_seqlens, i_n, N, T):
+    """First token of number i_n, from -1 to N, and the one after its last."""
+    bos = in_batch(tl.load(cu_seqlens + i_n, mask=i_n >= 0, other=0), T)
+    eos = in_batch(tl.load(cu_seqlens + i_n + 1, mask=i_n < N, other=T), T)
+    return bos, tl.maximum(bos, eos)
+
+
+@jit
+def state_slot(indices, i_n, N, P):
+    """Where the state of number i_n lies among others; -1 where it has none among the P of a pool."""
     if indices is None:
         return i_n.to(tl.int64)
     else:
-        return tl.load(indices + i_n, mask=i_n < N, other=-1).to(tl.int64)
+        i_p = tl.load(indices + i_n, mask=is_sequence(i_n, N), other=-1)
+        return tl.where((i_p >= 0) & (i_p < P), i_p, -1).to(tl.int64)
 
 
 @jit
 def first_slot(cu_seqlens, i_n, bos, T, BT):
-    """Where the slots of sequence i_n begin, whose first token is bos."""
+    """Where the slots of number i_n begin, whose first token is bos."""
     if cu_seqlens is None:
         return i_n * tl.cdiv(T, BT)
     else:
-        return bos // BT + i_n
+        return bos // BT + i_n + 1
+
+
+@jit
+def number_of(cu_seqlens, i_s, N, T, BT):
+    """The number that slot i_s of packed sequences belongs to."""
+    lo = -1
+    hi = N
+    while lo < hi:
+        mid = (lo + hi + 1) // 2
+        if first_slot(cu_seqlens, mid, in_batch(tl.load(cu_seqlens + mid), T), T, BT) <= i_s:
+            lo = mid
+        else:
+            hi = mid - 1
+    return lo
 
 
 @jit
 def block_bounds(cu_seqlens, i_s, N, T, BT):
-    """Of slot i_s: its row of the batch, its sequence, its first token and the one after its last, and those of the sequence.
+    """Of slot i_s: its row of the batch, its number, its first token and the one after its last, and those of the number.
 
-    first >= end in an empty slot.
+    first >= end in an empty slot, and first >= bos in any.
     """
     if cu_seqlens is None:
         NT = tl.cdiv(T, BT)
         first = i_s % NT * BT
         return (i_s // NT).to(tl.int64), i_s // NT, first, tl.minimum(first + BT, T), 0, T
     else:
-        lo = 0
-        hi = N
-        while lo < hi:
-            mid = (lo + hi + 1) // 2
-            if tl.load(cu_seqlens + mid).to(tl.int32) // BT + mid <= i_s:
-                lo = mid
-            else:
-                hi = mid - 1
-        bos, eos = sequence_bounds(cu_seqlens, lo, N, T)
-        first = bos + (i_s - bos // BT - lo) * BT
-        return (lo * 0).to(tl.int64), lo, first, tl.minimum(first + BT, eos), bos, eos
+        i_n = number_of(cu_seqlens, i_s, N, T, BT)
+        bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
+        first = bos + (i_s - first_slot(cu_seqlens, i_n, bos, T, BT)) * BT
+        return (i_n * 0).to(tl.int64), i_n, first, tl.minimum(first + BT, eos), bos, eos
 
 
 def count_sequences(B: int, cu_seqlens: torch.Tensor | None) -> int:
     return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def count_numbers(B: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Sequences, and, where they are packed, what lies before and after them."""
+    return B if cu_seqlens is None else cu_seqlens.shape[0] + 1
+
+
 def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Blocks of BT tokens in a batch, or a bound on them, the tokens behind the last sequence included."""
-    return B * -(-T // BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0]
+    """Blocks of BT tokens in a batch, or a bound on them, what lies before and after packed sequences included."""
+    return B * -(-T // BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0] + 1

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of
 from ._launch import launcher
 from ._passes import empty
 from ._plans import Inputs
@@ -86,7 +86,7 @@ def chunk_gates_kernel(
     whole = tl.floor(b_g + 0.5)
     fraction = tl.cumsum(b_g - whole, 0)
     whole = tl.cumsum(whole, 0)
-    # the whole slot: behind a sequence's end the sums go on with gates of zero, and every decay there is finite
+    # the whole slot: after a sequence's end the sums go on with gates of zero, and every decay there is finite
     p_c = c + (i_s.to(tl.int64) * H + o_h[None, :]) * BT + tl.arange(0, BT)[:, None]
     m_c = (o_h < H)[None, :]
     if TWO_PARTS:
@@ -117,13 +117,14 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
     return c
 
 
-@jit(do_not_specialize=['N', 'T', 'negligible', 'part', 'blocks'])
+@jit(do_not_specialize=['N', 'T', 'segment', 'negligible', 'part', 'blocks'])
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, y, z,  # [NW, NY or NW, B, H, T], to be added up
     s_ds,  # [NS, blocks + N, H]: <S before, dS behind> the last chunk of each anchor block, and the last but one of each sequence
     cu_seqlens,  # [N + 1] or None
     N, T,
+    segment,  # tokens to a segment of the sweeps, or 0
     negligible,  # the decay of a chunk, in units of log 2, from which on nothing crosses it
     g_b, g_t, g_h,
     part,  # B * H * T
@@ -141,8 +142,17 @@ def gate_gradient_kernel(
     """dg of BH heads over one anchor block."""
     i_s, i_h = tl.program_id(0), tl.program_id(1)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BA)
+    swept = is_sequence(i_n, N)
+    if cu_seqlens is not None:
+        if segment > 0:
+            # Where bounds decrease, slots of segments may be another sequence's though this one of a block is not: nothing was left for
+            # it then. The numbers that slots belong to never decrease, so that the first and the last segment tell of those in between.
+            s_first = first_slot(cu_seqlens, i_n, bos, T, segment) + tl.maximum(first - 1 - bos, 0) // segment
+            s_last = first_slot(cu_seqlens, i_n, bos, T, segment) + tl.maximum(end - 1 - bos, 0) // segment
+            swept &= number_of(cu_seqlens, s_first, N, T, segment) == i_n
+            swept &= number_of(cu_seqlens, s_last, N, T, segment) == i_n
     # limits and not masks that are `& first < read_end`: the interpreter of triton 3.9 makes those int32, and refuses them
-    read_end = tl.where(i_n < N, end, first)
+    read_end = tl.where(swept, end, first)
     o_h = i_h * BH + tl.arange(0, BH)
     m_anchor = o_h < tl.where(first < read_end, H, 0)
     m_before = o_h < tl.where((first < read_end) & (first > bos), H, 0)
@@ -225,25 +235,26 @@ class GateParts(NamedTuple):
 
 
 @launcher
-def launch_gate_gradient(tensors, BA, BT, eps, state):
+def launch_gate_gradient(tensors, setting, BT, eps, state):
     g, _, w, y, _, s_ds, cu_seqlens = tensors
+    BA, segment = setting.BA, setting.segment or 0
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)
     BH = min(4, triton.next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
     negligible = math.log2(eps) - 3
-    args = *tensors, count_sequences(B, cu_seqlens), T, negligible, *g.stride(), B * H * T, blocks
+    args = *tensors, count_sequences(B, cu_seqlens), T, segment, negligible, *g.stride(), B * H * T, blocks
     NC = triton.next_power_of_2(BA // BT)
     constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, NC=NC, BH=BH, STATE=state, num_warps=4)
     return gate_gradient_kernel, (blocks, triton.cdiv(H, BH), 1), args, constants
 
 
-def gate_gradient(parts: GateParts, inputs: Inputs, BA: int, BT: int) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from chunks of BT tokens and anchor blocks of BA, whose products were computed in q's dtype."""
+def gate_gradient(parts: GateParts, inputs: Inputs, setting, BT: int) -> torch.Tensor:
+    """`dg [B, T, H]`, in g's dtype, from what sweeps with this setting left of chunks of BT tokens, computed in q's dtype."""
     g, cu_seqlens = inputs.g, inputs.cu_seqlens
     B, T, H = g.shape
     dg = empty(g, B, T, H)
-    if count_slots(B, T, BA, cu_seqlens):
+    if count_slots(B, T, setting.BA, cu_seqlens):
         eps = torch.finfo(inputs.q.dtype).eps
-        launch_gate_gradient((g, dg, *parts, cu_seqlens), BA, BT, eps, inputs.initial_state is not None)
+        launch_gate_gradient((g, dg, *parts, cu_seqlens), setting, BT, eps, inputs.initial_state is not None)
     return dg

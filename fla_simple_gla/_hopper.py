@@ -29,7 +29,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._driver import Tiles
 from ._gates import LOG2E, RESET
 from ._launch import launcher
@@ -69,15 +69,15 @@ def here(x):
 
 
 @gluon.jit
-def unit_bounds(cu_seqlens, indices, unit, N, T, segment, H: gl.constexpr, SEGMENTS: gl.constexpr):
-    """Of a unit of work: slot, head, row of the batch, sequence, its first token and the one after its last, and those of the
-    sequence. An empty slot has no tokens, nor has padding nor what lies behind the last sequence, here.
+def unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H: gl.constexpr, SEGMENTS: gl.constexpr):
+    """Of a unit of work: slot, head, row of the batch, number (`_blocks.py`), its first token and the one after its last, and those of the
+    number. An empty slot has no tokens, nor has padding nor what lies in no sequence, here.
     """
     i_s = unit // H
     i_h = unit % H
     if SEGMENTS:
         i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
-        end = gl.where(i_n < N, gl.maximum(first, end), first)
+        end = gl.where(is_sequence(i_n, N), gl.maximum(first, end), first)
     else:
         i_n = i_s
         if cu_seqlens is None:
@@ -86,12 +86,13 @@ def unit_bounds(cu_seqlens, indices, unit, N, T, segment, H: gl.constexpr, SEGME
             eos = bos + T
             end = eos
         else:
+            i_n -= 1
             i_b = (i_n * 0).to(gl.int64)
             bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
-            end = gl.where(i_n < N, eos, bos)
+            end = gl.where(is_sequence(i_n, N), eos, bos)
         first = bos
     if indices is not None:
-        end = gl.where(state_slot(indices, i_n, N) < 0, first, end)
+        end = gl.where(state_slot(indices, i_n, N, P) < 0, first, end)
     return i_s, i_h, i_b, i_n, first, end, bos, eos
 
 
@@ -106,11 +107,11 @@ def tile(cu_seqlens, i_b, i_h, first, end, i_t, i_d):
 
 @gluon.jit
 def clear(work, desc, buf, i_b, i_n, i_h, first, eos, i_d, SEGMENTS: gl.constexpr):
-    """Zeros in the rows of padding and behind the last sequence, if this unit is those."""
-    cu_seqlens, indices, units, N, T, segment = work
+    """Zeros in the rows of padding and of what lies in no sequence, if this unit is those."""
+    cu_seqlens, indices, units, N, T, P, segment = work
     COLUMNS: gl.constexpr = buf.shape[1]
     if cu_seqlens is not None or indices is not None:
-        if (i_n == N) | (state_slot(indices, i_n, N) < 0):
+        if ~is_sequence(i_n, N) | (state_slot(indices, i_n, N, P) < 0):
             end = gl.minimum(first + segment, eos) if SEGMENTS else eos
             tma.store_wait(0)
             buf.store(gl.zeros([C, COLUMNS], buf.dtype, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
@@ -125,14 +126,14 @@ def gates(
     H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr,
 ):
     """The sums of the gates in each chunk, and the decays from its start, to its end and over all of it; scale is in from_start."""
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     g_b, g_t, g_h = g_strides
     layout: gl.constexpr = gl.BlockedLayout([C // 32], [32], [1], [0])
     r = gl.arange(0, C, layout)
     i = 0
     phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         L = end - first
         NT = (L + C - 1) // C
         o_t = (NT - 1) * C + r if REVERSE else r
@@ -163,7 +164,7 @@ def gates(
 
 @gluon.jit
 def load(work, descs, tiles, bars, H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr):
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     desc_q, desc_k, desc_v, desc_x = descs
     qs, ks, vs, xs = tiles
     full, empty, x_full, x_empty = bars
@@ -172,7 +173,7 @@ def load(work, descs, tiles, bars, H: gl.constexpr, GQ: gl.constexpr, GV: gl.con
     i_x = 0
     x_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         for i_t in range(0, end - first, C):
             mbarrier.wait(empty.index(i), phase)
             bar = full.index(i)
@@ -191,7 +192,7 @@ def load(work, descs, tiles, bars, H: gl.constexpr, GQ: gl.constexpr, GV: gl.con
 @gluon.jit
 def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr):
     """P of each chunk, and the sums of A."""
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     qs, ks, vs, ps = tiles
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, g_full = bars
@@ -209,7 +210,7 @@ def products(work, scale, y, tiles, gate_bufs, bars, x_bufs, H: gl.constexpr, SE
     i_s = 0
     s_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         for i_t in range(0, end - first, C):
             mbarrier.wait(full.index(i), phase)
             b_p = warpgroup_mma(
@@ -249,7 +250,7 @@ def state(
     work, states, anchor, desc_o, tiles, gate_bufs, bars, x_bufs,
     W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, X: gl.constexpr,
 ):
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     state_in, state_out, si, so = states
     si_n, si_h, si_k, si_v = si
     so_n, so_h, so_k, so_v = so
@@ -277,14 +278,14 @@ def state(
     i_s = 0
     s_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        slot, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        slot, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if state_in is not None:
-            place = slot.to(gl.int64) if SEGMENTS else state_slot(indices, slot, N)
+            place = slot.to(gl.int64) if SEGMENTS else state_slot(indices, i_n, N, P)
             p_in = state_in + place * si_n + i_h.to(gl.int64) * si_h
             b_s = gl.load(
                 p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k),
-                mask=(o_v < gl.where((i_n < N) & (place >= 0), V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
+                mask=(o_v < gl.where(is_sequence(i_n, N) & (place >= 0), V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
             ).to(gl.float32)
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
         NT = (end - first + C - 1) // C
@@ -340,9 +341,9 @@ def state(
             i_p, p_phase = advance(i_p, p_phase, ps.shape[0])
         clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, eos, W * BS, SEGMENTS)
         if state_out is not None:
-            # of the last segment that has tokens, or of a sequence that has none
-            place = state_slot(indices, i_n, N)
-            if (i_n < N) & (place >= 0) & (end == eos) & ((first < end) | (first == bos)):
+            # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
+            place = state_slot(indices, i_n, N, P)
+            if is_sequence(i_n, N) & (place >= 0) & (end == eos) & ((first < end) if SEGMENTS else (first == bos)):
                 p_out = state_out + place * so_n + i_h.to(gl.int64) * so_h
                 gl.store(p_out + (here(o_v).to(gl.int64)[:, None] * so_v + here(o_k).to(gl.int64)[None, :] * so_k), b_s, mask=m_s)
     tma.store_wait(0)
@@ -366,13 +367,13 @@ def row_sums(work, x_o, pairs, partial, full, empty, H: gl.constexpr, SEGMENTS: 
     """Rows x . o of each chunk. With pairs there are two such o, whose partial sums lie one behind the other: x_o gets the rows of the
     first, and pairs what those of the second have more.
     """
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     BUFFERS: gl.constexpr = partial.shape[0] // full.shape[0]
     PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
         for i_c in range(NT):
             i_t = (NT - 1 - i_c if REVERSE else i_c) * C
@@ -451,7 +452,7 @@ def prefetch(p, size: gl.constexpr):
 def reverse_load(
     work, descs, tiles, bars, anchor, H: gl.constexpr, GK: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
 ):
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     anchors, s_ds, blocks = anchor
     desc_q, desc_k, desc_v, desc_do = descs
     qs, ks, vs, dos = tiles
@@ -459,7 +460,7 @@ def reverse_load(
     i = 0
     phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
         for i_r in range(NT):
             i_c = NT - 1 - i_r
@@ -482,7 +483,7 @@ def reverse_load(
 @gluon.jit
 def keys(work, scale, desc_dk, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS: gl.constexpr):
     """dk of each chunk, and the products that the warp groups of dv need."""
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     qs, ks, vs, dos, ps, dks, published = tiles
     sums, from_start, to_end, decays = gate_bufs
     full, empty, p_full, p_empty, g_full, g_empty, s_full, s_empty = bars
@@ -497,7 +498,7 @@ def keys(work, scale, desc_dk, tiles, gate_bufs, bars, H: gl.constexpr, SEGMENTS
     phase = 0
     s_phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, i_n, first, end, _, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, i_n, first, end, _, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
         for i_c in range(NT):
             i_t = (NT - 1 - i_c) * C
@@ -545,7 +546,7 @@ def values(
     W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr, SEGMENTS: gl.constexpr, DG: gl.constexpr,
 ):
     """The gradient of the state, in 64 columns of V, and these columns of dv."""
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     state_in, state_out, si, so = states
     si_n, si_h, si_k, si_v = si
     so_n, so_h, so_k, so_v = so
@@ -568,13 +569,13 @@ def values(
     s_phase = 1
     z_phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if state_in is not None:
-            p_in = state_in + i_s.to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
+            p_in = state_in + (i_s if SEGMENTS else i_n).to(gl.int64) * si_n + i_h.to(gl.int64) * si_h
             b_s = gl.load(
                 p_in + (here(o_v).to(gl.int64)[:, None] * si_v + here(o_k).to(gl.int64)[None, :] * si_k),
-                mask=(o_v < gl.where(i_n < N, V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
+                mask=(o_v < gl.where(is_sequence(i_n, N), V, 0))[:, None] & (o_k < K)[None, :], other=0.0,
             ).to(gl.float32)
         NT = (end - first + C - 1) // C
         for i_r in range(NT):
@@ -633,7 +634,7 @@ def values(
             i, phase = advance(i, phase, qs.shape[0])
         clear(work, desc_dv, dvs.index(W), i_b, i_n, i_h, first, eos, W * BS, SEGMENTS)
         if state_out is not None:
-            if (i_n < N) & (first == bos):
+            if is_sequence(i_n, N) & (first == bos) & ((first < end) if SEGMENTS else (first == bos)):
                 p_out = state_out + i_n.to(gl.int64) * so_n + i_h.to(gl.int64) * so_h
                 gl.store(p_out + (here(o_v).to(gl.int64)[:, None] * so_v + here(o_k).to(gl.int64)[None, :] * so_k), b_s, mask=m_s)
     tma.store_wait(0)
@@ -648,11 +649,11 @@ def buffers(n: gl.constexpr, count: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'blocks', 'scale'])
+@gluon.jit(do_not_specialize=['units', 'N', 'T', 'P', 'segment', 'blocks', 'scale'])
 def sweep_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_x,
     g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices,
-    scale, units, N, T, segment, blocks,
+    scale, units, N, T, P, segment, blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
@@ -697,7 +698,7 @@ def sweep_kernel(
         s_empty = full
     fence_async_shared()
 
-    work = (cu_seqlens, indices, units, N, T, segment)
+    work = (cu_seqlens, indices, units, N, T, P, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
     anchor = (anchors, blocks)
     gate_bufs = (sums, from_start, to_end, decays)
@@ -792,7 +793,8 @@ def reverse_kernel(
         z_empty = full
     fence_async_shared()
 
-    work = (cu_seqlens, None, units, N, T, segment)
+    # no pool, and so no slots of one: any number
+    work = (cu_seqlens, None, units, N, T, N, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
     anchor = (anchors, s_ds, blocks)
     z_bufs = (partial, z_full, z_empty)
@@ -876,8 +878,7 @@ def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
 
 
 def count_units(B, T, H, segment, cu_seqlens):
-    # with packed sequences one more, the tokens behind them
-    slots = count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+    slots = count_numbers(B, cu_seqlens) if segment is None else count_slots(B, T, segment, cu_seqlens)
     return slots * H
 
 
@@ -918,7 +919,8 @@ def launch_sweep(tensors, setting):
         *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, 64, cu_seqlens),
         None if x is None else descriptor(x, D, cu_seqlens),
         g, state_in, state_out, *others, cu_seqlens, indices,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, count_slots(B, T, BA, cu_seqlens),
+        scale, units, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
+        count_slots(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )
     constants = dict(

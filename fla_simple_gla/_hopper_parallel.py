@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ._blocks import block_bounds, count_sequences, count_slots
+from ._blocks import block_bounds, count_sequences, count_slots, is_sequence
 from ._hopper import advance, buffers, descriptor, padded, tile, tma_load, tma_store
 from ._launch import launcher
 from ._layout import multiprocessors
@@ -69,13 +69,16 @@ def unit_bounds(work, i, H: gl.constexpr, REVERSE: gl.constexpr):
     n = ((eos - bos + BT - 1) // BT - lo) if REVERSE else i_r
     if ranges is not None:
         bound = gl.load(ranges + (i_s.to(gl.int64) + (slots if REVERSE else 0)) * H + i_h)
+        if cu_seqlens is not None:
+            # of bounds that decrease it may be another sequence's (`_blocks.py`), or of an empty slot anything
+            bound = gl.minimum(gl.maximum(bound, lo), lo + n)
         if REVERSE:
             n = bound - lo
         else:
             lo = bound
             n = i_r - lo
-    # nothing in an empty slot, nor behind the last sequence
-    live = (first < end) & (i_n < N)
+    # nothing in an empty slot, nor in no sequence
+    live = (first < end) & is_sequence(i_n, N)
     return i_s, i_h, i_b, i_n, first, end, bos, eos, i_r, lo, gl.where(live, n, 0), live
 
 
@@ -347,7 +350,7 @@ def walk(operands, setting):
     """
     q, k, v, gates, x, cu_seqlens = operands
     B, T, H, _, V = operands.sizes()
-    # the tokens after the last sequence get zeros, of which no program knows
+    # the tokens in no sequence get zeros, of which no program knows
     o = (empty if cu_seqlens is None else zeros)(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:

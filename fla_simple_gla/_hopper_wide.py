@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ._blocks import count_sequences, count_slots, state_slot
+from ._blocks import count_sequences, count_slots, is_sequence, state_slot
 from ._hopper import (
     BS,
     CHUNK,
@@ -82,7 +82,7 @@ def load(
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     anchors, s_ds, blocks = anchor
     desc_q, desc_k, desc_v, desc_x = descs
     qs, ks, vs, xs = tiles
@@ -92,7 +92,7 @@ def load(
     i = 0
     phase = 1
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         NT = (end - first + C - 1) // C
         for n in range(NT):
             i_t = chunk_start(n, NT, REVERSE)
@@ -119,7 +119,7 @@ def load(
 @gluon.jit
 def products(work, scale, tiles, sums, bars, H: gl.constexpr, SEGMENTS: gl.constexpr, REVERSE: gl.constexpr):
     """P of each chunk, in two halves of its columns."""
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     qs, ks, ps = tiles
     q_full, k_full, p_full, g_full = bars
     HALF: gl.constexpr = C // 2
@@ -129,7 +129,7 @@ def products(work, scale, tiles, sums, bars, H: gl.constexpr, SEGMENTS: gl.const
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        _, _, _, _, first, end, _, _ = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         for _ in range(0, end - first, C):
             mbarrier.wait(q_full.index(i), phase)
             mbarrier.wait(k_full.index(i), phase)
@@ -213,7 +213,7 @@ def state(
     W: gl.constexpr, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
 ):
-    cu_seqlens, indices, units, N, T, segment = work
+    cu_seqlens, indices, units, N, T, P, segment = work
     state_in, state_out, si, so = states
     anchors, s_ds, blocks = anchor
     qs, ks, vs, ps, os = tiles
@@ -233,16 +233,16 @@ def state(
     i = 0
     phase = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, segment, H, SEGMENTS)
+        i_s, i_h, i_b, i_n, first, end, bos, eos = unit_bounds(cu_seqlens, indices, unit, N, T, P, segment, H, SEGMENTS)
         s0 = gl.zeros([BS, PIECE], gl.float32, layout)
         s1 = gl.zeros([BS, PIECE], gl.float32, layout)
         s2 = gl.zeros([BS, PIECE], gl.float32, layout)
         s3 = gl.zeros([BS, PIECE], gl.float32, layout)
         if state_in is not None:
-            place = i_s.to(gl.int64) if SEGMENTS else state_slot(indices, i_s, N)
+            place = i_s.to(gl.int64) if SEGMENTS else state_slot(indices, i_n, N, P)
             p_in = state_in + place * si[0] + i_h.to(gl.int64) * si[1]
-            # there is none of padding, nor of what lies behind the last sequence
-            columns = gl.where((i_n < N) & (place >= 0), V, 0)
+            # there is none of padding, nor of what lies in no sequence
+            columns = gl.where(is_sequence(i_n, N) & (place >= 0), V, 0)
             s0 = load_piece(p_in, si, o_v, o_k, K, columns)
             s1 = load_piece(p_in, si, o_v, o_k + PIECE, K, columns)
             s2 = load_piece(p_in, si, o_v, o_k + 2 * PIECE, K, columns)
@@ -337,10 +337,10 @@ def state(
             i, phase = advance(i, phase, STAGES)
         clear(work, desc_o, os.index(W), i_b, i_n, i_h, first, eos, i_v, SEGMENTS)
         if state_out is not None:
-            # of the last segment that has tokens, or of a sequence that has none
-            last = (first == bos) if REVERSE else ((end == eos) & ((first < end) | (first == bos)))
-            place = state_slot(indices, i_n, N)
-            if (i_n < N) & (place >= 0) & last:
+            # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
+            last = (first == bos) if REVERSE else (end == eos)
+            place = state_slot(indices, i_n, N, P)
+            if is_sequence(i_n, N) & (place >= 0) & last & ((first < end) if SEGMENTS else (first == bos)):
                 p_out = state_out + place * so[0] + i_h.to(gl.int64) * so[1]
                 store_piece(p_out, so, o_v, o_k, s0, K, V)
                 store_piece(p_out, so, o_v, o_k + PIECE, s1, K, V)
@@ -349,11 +349,11 @@ def state(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=['units', 'N', 'T', 'segment', 'part', 'blocks', 'scale'])
+@gluon.jit(do_not_specialize=['units', 'N', 'T', 'P', 'segment', 'part', 'blocks', 'scale'])
 def wide_sweep_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_x,
     g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices,
-    scale, units, N, T, segment, part, blocks,
+    scale, units, N, T, P, segment, part, blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
@@ -406,7 +406,7 @@ def wide_sweep_kernel(
         s_empty = v_full
     fence_async_shared()
 
-    work = (cu_seqlens, indices, units, N, T, segment)
+    work = (cu_seqlens, indices, units, N, T, P, segment)
     states = (state_in, state_out, (si_n, si_h, si_k, si_v), (so_n, so_h, so_k, so_v))
     anchor = (anchors, s_ds, blocks)
     gate_bufs = (sums, from_start, to_end, decays)
@@ -455,7 +455,8 @@ def launch_sweep(tensors, setting):
         *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens), descriptor(o, BS.value, cu_seqlens),
         None if x is None else descriptor(x, BV.value, cu_seqlens),
         g, state_in, state_out, *others, cu_seqlens, indices,
-        scale, units, count_sequences(B, cu_seqlens), T, segment or 0, B * H * T, count_slots(B, T, BA, cu_seqlens),
+        scale, units, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
+        B * H * T, count_slots(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )
     constants = dict(

@@ -230,5 +230,31 @@ def _shape(x: torch.Tensor) -> list[int]:
     return list(x.shape)
 
 
-def check_contents(*_):
-    pass
+def check_contents(
+    cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None, state_indices: torch.Tensor | None, T: int, P: int | None,
+) -> None:
+    """Raise a `ValueError` if the contents make no sense, of T tokens and a pool of P slots, or None. On a GPU it waits for them.
+
+    Kernels do without: what is wrong there leads to zeros or to other sequences than were meant.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0:
+            raise ValueError(f'cu_seqlens must begin with 0, got {bounds[0]}')
+        for i, (start, end) in enumerate(zip(bounds, bounds[1:]), 1):
+            if end < start:
+                raise ValueError(f'cu_seqlens must never decrease, got {start} and then {end} at index {i}')
+        if bounds[-1] > T:
+            raise ValueError(f'cu_seqlens must not end beyond the {T} tokens, got {bounds[-1]}')
+        if cu_seqlens_cpu is not None:
+            for i, (copy, bound) in enumerate(zip(cu_seqlens_cpu.tolist(), bounds)):
+                if copy != bound:
+                    raise ValueError(f'cu_seqlens_cpu must equal cu_seqlens, got {copy} at index {i} where that has {bound}')
+    if state_indices is not None:
+        named = {}
+        for i, slot in enumerate(state_indices.tolist()):
+            if slot >= P:
+                raise ValueError(f'state_indices must be below the {P} slots of the pool, got {slot} at index {i}')
+            if slot >= 0 and slot in named:
+                raise ValueError(f'state_indices must not name a slot twice, got {slot} at index {named[slot]} and at index {i}')
+            named[slot] = i

@@ -25,7 +25,7 @@ import functools
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
 from ._launch import launcher
 from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, use_descriptors
@@ -38,6 +38,7 @@ from .fused_chunk import (
     Operands,
     Setting,
     as_sweeps_read,
+    final_states,
     gradients,
     hopper_for,
     hopper_module,
@@ -57,7 +58,7 @@ def summary_kernel(
     v,  # [B, T, H, V], likewise
     c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
     states,  # [segment slots, H, K, V]
-    decays,  # [segment slots, H], or None
+    decays,  # [segment slots, H]: -1 where no state is left; or None, where there are neither gates nor packed sequences
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -84,8 +85,11 @@ def summary_kernel(
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_s = tl.program_id(0) // (NV * H)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
-    # nothing follows the last segment, nor the tokens behind the last sequence
-    if (first >= end) | tl.where(reverse != 0, first == bos, end == eos) | (i_n == N):
+    # nothing follows the last segment, nor tokens in no sequence
+    if (first >= end) | tl.where(reverse != 0, first == bos, end == eos) | ~is_sequence(i_n, N):
+        if decays is not None:
+            if i_v == 0:
+                tl.store(decays + i_s.to(tl.int64) * H + i_h, -1.0)
         return
     L = end - first
     NT = tl.cdiv(L, BT)
@@ -146,22 +150,27 @@ def summary_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     i_s = i_s.to(tl.int64) * H + i_h
     tl.store(states + i_s * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
-    if c is not None:
+    if decays is not None:
+        if c is not None:
+            decay = tl.where(behind <= UNDERFLOW, 0.0, decay)
         if i_v == 0:
-            tl.store(decays + i_s, tl.where(behind <= UNDERFLOW, 0.0, decay))
+            tl.store(decays + i_s, decay)
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'reverse'])
+@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'reverse'])
 def combine_kernel(
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     states,  # [segment slots, H, K, V]: what each segment leaves of itself; then the states that each begins with
-    decays,  # [segment slots, H], or None
+    decays,  # [segment slots, H]: -1 where a segment left nothing of itself; or None
+    state_out,  # [N, H, K, V], any strides: the last states, of those sequences of which no sweep leaves one; or None
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of state_in; or None
     N, T,
+    P,  # slots of the pool
     segment,  # tokens
     reverse,  # 1 back in time, else 0
     si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -173,6 +182,8 @@ def combine_kernel(
     m_s = o_s < K * V
     i_h = (tl.program_id(0) // NS % H).to(tl.int64)
     i_n = tl.program_id(0) // (NS * H)
+    o_k = (o_s // V).to(tl.int64)
+    o_v = (o_s % V).to(tl.int64)
     if cu_seqlens is None:
         bos = 0
         L = T
@@ -183,24 +194,31 @@ def combine_kernel(
     slot = first_slot(cu_seqlens, i_n, bos, T, segment)
 
     if state_in is not None:
-        i_p = state_slot(indices, i_n, N)
+        i_p = state_slot(indices, i_n, N, P)
         if i_p < 0:  # padding, of which no state is read
             return
-        p_in = state_in + i_p * si_n + i_h * si_h + (o_s // V).to(tl.int64) * si_k + (o_s % V).to(tl.int64) * si_v
+        p_in = state_in + i_p * si_n + i_h * si_h + o_k * si_k + o_v * si_v
         b_s = tl.load(p_in, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BS], tl.float32)
+    if cu_seqlens is not None and state_out is not None:
+        # A sequence without tokens ends as it begins. So does, where bounds decrease, one whose last segment has another's slot.
+        s_last = slot + tl.where(reverse != 0, 0, segments - 1)
+        if (L == 0) | (number_of(cu_seqlens, s_last, N, T, segment) != i_n):
+            tl.store(state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k * so_k + o_v * so_v, b_s, mask=m_s)
     # stages: the loads do not wait for the sum
     for i in tl.range(0, segments, num_stages=4):
         i_s = slot + tl.where(reverse != 0, segments - 1 - i, i)
         i_s = i_s.to(tl.int64) * H + i_h
         p_s = states + i_s * (K * V) + o_s
-        # at the end that nothing follows there was no summary: what lies there goes nowhere
+        # not masked by what the decay says, for which this load would have to wait
         b_l = tl.load(p_s, mask=m_s, other=0.0)
         decay = 1.0 if decays is None else tl.load(decays + i_s)
         tl.store(p_s, b_s, mask=m_s)
         # where there is nothing yet, a decay of inf (a large positive gate before the first token) changes nothing
-        b_s = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
+        b_n = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
+        # without a summary there lies anything
+        b_s = b_n if decays is None else tl.where(decay == -1.0, b_s, b_n)
 
 
 @launcher
@@ -224,24 +242,26 @@ def launch_summary(tensors, setting):
 
 @launcher
 def launch_combine(tensors, N, T, segment, reverse):
-    state, states, *_ = tensors
+    state, states, _, state_out, _, indices = tensors
     _, H, K, V = states.shape
-    args = *tensors, N, T, segment, int(reverse), *strides(state, 4)
+    slots = 0 if indices is None else state.shape[0]
+    args = *tensors, N, T, slots, segment, int(reverse), *strides(state, 4), *strides(state_out, 4)
     return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
 
 
 def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
     """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
-    for k and v, the gradient of the state after each segment, from that after each sequence.
+    for k and v, the gradient of the state after each segment, from that after each sequence. state_out gets the last states of sequences
+    without tokens; those of others the sweeps leave.
     """
-    _, k, v, c, state, *_, cu_seqlens, indices = operands
+    _, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
     N = count_sequences(B, cu_seqlens)
     slots = count_slots(B, T, setting.segment, cu_seqlens)
     states = empty(k, slots, H, K, V, dtype=torch.float32)
-    decays = None if c is None else empty(k, slots, H, dtype=torch.float32)
+    decays = None if c is None and cu_seqlens is None else empty(k, slots, H, dtype=torch.float32)
     launch_summary((k, v, c, states, decays, cu_seqlens), setting)
-    launch_combine((state, states, decays, cu_seqlens, indices), N, T, setting.segment, setting.reverse)
+    launch_combine((state, states, decays, state_out, cu_seqlens, indices), N, T, setting.segment, setting.reverse)
     return states
 
 
@@ -324,23 +344,26 @@ def forward_pass(inputs: Inputs, options: Options, hopper, segment: int | None):
     q, k, v, _, state, cu_seqlens, indices, _ = inputs
     setting = Setting(options.scale, segment, precision=options.precision)
     c = None if segment is None and hopper else sweep_gates(inputs)
+    final_state = final_states(inputs, options)
     if segment is not None:
         # the states of the forward have no scale in them
-        operands = Operands(q, k, v, c, state, cu_seqlens=cu_seqlens, indices=indices)
+        state_out = None if indices is not None else final_state
+        operands = Operands(q, k, v, c, state, state_out, cu_seqlens=cu_seqlens, indices=indices)
         state = boundary_states(operands, setting._replace(scale=1.0))
-    return *outputs(inputs, state, c, hopper, setting, options.output), state, c
+    return outputs(inputs, (state, final_state), c, hopper, setting), final_state, state, c
 
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradients:
     """From the inputs, the states before the segments, the sums of the gates, and the gradients of o and of the final states."""
     inputs, (state, c, do, dstate) = Inputs(*tensors[:8]), tensors[8:]
+    dh0 = empty(inputs.initial_state, *inputs.initial_state.shape) if needs.initial_state else None
     if setting.segment is not None:
         if c is None:
             c = sweep_gates(inputs)
-        operands = Operands(inputs.q, inputs.q, do, c, dstate, cu_seqlens=inputs.cu_seqlens)
+        operands = Operands(inputs.q, inputs.q, do, c, dstate, dh0, cu_seqlens=inputs.cu_seqlens)
         dstate = boundary_states(operands, setting._replace(reverse=True))
-    return gradients(inputs, (state, dstate), c, do, needs, setting)
+    return gradients(inputs, (state, dstate, dh0), c, do, needs, setting)
 
 
 def tokens_to_a_segment(inputs: Inputs) -> int | None:

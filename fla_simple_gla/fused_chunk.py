@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
 from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, store_rows, transposed, use_descriptors
@@ -43,7 +43,7 @@ from ._validation import Call
 from .naive import naive_chunk_simple_gla
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'part', 'c_part', 'blocks', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'scale'])
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -60,6 +60,7 @@ def sweep_kernel(
     indices,  # [N]: the slots of the sequences' states; or None
     scale,
     N, T,
+    P,  # slots of the pool
     segment,  # tokens
     q_b, q_t, q_h,
     k_b, k_t, k_h,
@@ -93,7 +94,7 @@ def sweep_kernel(
     i_s = tl.program_id(0) // (NV * H)
     if SEGMENTS:
         i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
-        if (first >= end) & (first > bos):
+        if first >= end:
             return
     else:
         i_n = i_s
@@ -102,6 +103,7 @@ def sweep_kernel(
             bos = i_n * 0
             eos = bos + T
         else:
+            i_n -= 1
             i_b = tl.zeros([], tl.int64)
             bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
         first = bos
@@ -120,10 +122,10 @@ def sweep_kernel(
     i_f = first.to(tl.int64)
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
-    i_p = state_slot(indices, i_n, N)
+    i_p = state_slot(indices, i_n, N, P)
     if cu_seqlens is not None or indices is not None:
-        # the tokens behind the last sequence, and padding
-        if (i_n == N) | (i_p < 0):
+        # the tokens in no sequence, and padding
+        if ~is_sequence(i_n, N) | (i_p < 0):
             for i_t in range(NT):
                 store_rows(r_o, H * V, L, i_t * BT, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
@@ -212,7 +214,7 @@ def sweep_kernel(
         b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
 
     if state_out is not None:
-        # the last segment's
+        # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
         if (first == bos if REVERSE else end == eos):
             p_out = state_out + i_p * so_n + i_h * so_h + o_k.to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
             tl.store(p_out, b_s, mask=m_s)
@@ -324,7 +326,7 @@ def launch_sweep(tensors, setting):
     scale, segment, BA, reverse, precision = setting
     args = (
         *tensors,
-        scale, count_sequences(B, cu_seqlens), T, segment or 0,
+        scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3), *strides(state_in, 4), *strides(state_out, 4),
         B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
     )
@@ -338,8 +340,8 @@ def launch_sweep(tensors, setting):
 
 
 def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
-    """How many sequences or segments there are for a sweep; with packed sequences one more, the tokens after them, which get zeros."""
-    return count_sequences(B, cu_seqlens) + (cu_seqlens is not None) if segment is None else count_slots(B, T, segment, cu_seqlens)
+    """How many sequences or segments there are for a sweep, with those of tokens in no sequence, which get zeros."""
+    return count_numbers(B, cu_seqlens) if segment is None else count_slots(B, T, segment, cu_seqlens)
 
 
 def sweep(operands: Operands, setting: Setting):
@@ -402,29 +404,33 @@ def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch
     return module
 
 
-def outputs(inputs: Inputs, state: torch.Tensor | None, c: torch.Tensor | None, hopper, setting: Setting, output: bool):
-    """`o`, and the final state or None, from the states that the sequences or their segments start with. With indices the final states go
-    to these slots of the pool, the initial state, which is returned.
+def final_states(inputs: Inputs, options: Options) -> torch.Tensor | None:
+    """Where the final states go: with indices to the pool, else to a new tensor, if they are asked for."""
+    q, _, v, _, pool, cu_seqlens, indices, _ = inputs
+    if indices is not None:
+        return pool
+    if not options.output:
+        return None
+    return empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def outputs(inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper, setting: Setting) -> torch.Tensor:
+    """o. The states are those that the sequences or their segments start with, or None, and where the final ones go, or None.
 
     c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
     """
-    q, k, v, g, pool, cu_seqlens, indices, _ = inputs
-    final_state = None
-    if indices is not None:
-        final_state = pool
-    elif output:
-        final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    operands = Operands(q, k, v, g if hopper else c, state, final_state, cu_seqlens=cu_seqlens, indices=indices)
+    q, k, v, g, _, cu_seqlens, indices, _ = inputs
+    operands = Operands(q, k, v, g if hopper else c, *states, cu_seqlens=cu_seqlens, indices=indices)
     o, *_ = (hopper.sweep if hopper else sweep)(operands, setting)
-    return o, final_state
+    return o
 
 
 def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting) -> Gradients:
     """The gradients that are needed, those of q and k for each head of v. The states are those that the sequences or their segments start
-    with, and the gradients of those that they end with.
+    with, the gradients of those that they end with, and where those of the initial states go; each may be None.
     """
-    q, k, v, g, initial_state, cu_seqlens, *_ = inputs
-    state, dstate = states
+    q, k, v, g, _, cu_seqlens, *_ = inputs
+    state, dstate, dh0 = states
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = hopper_for(q, k, v, do)
@@ -433,12 +439,10 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
     one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
     setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if one_reverse_sweep else 256))
     anchors = None
-    dq = dk = dv = dg = dh0 = y = None
+    dq = dk = dv = dg = y = None
     if needs.g:
         size = hopper.anchor_size(K, V) if hopper else K * V
         anchors = empty(q, count_slots(B, T, setting.BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
-    if needs.initial_state:
-        dh0 = empty(initial_state, *initial_state.shape)
 
     if hopper:
         BT, gates, run = hopper.CHUNK, g, hopper.sweep
@@ -462,7 +466,7 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
         if needs.v or needs.initial_state:
             dv, *_ = run(Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens), setting)
     if needs.g:
-        dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting.BA, BT)
+        dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting, BT)
     return Gradients(dq, dk, dv, dg, dh0)
 
 
@@ -470,14 +474,17 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
 def forward_pass(inputs: Inputs, options: Options, hopper):
     """o, the final state or None, and the sums of the gates or None."""
     c = None if hopper else sweep_gates(inputs)
-    setting = Setting(options.scale, precision=options.precision)
-    return *outputs(inputs, inputs.initial_state, c, hopper, setting, options.output), c
+    final_state = final_states(inputs, options)
+    o = outputs(inputs, (inputs.initial_state, final_state), c, hopper, Setting(options.scale, precision=options.precision))
+    return o, final_state, c
 
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
     inputs, (c, do, dht) = Inputs(*tensors[:8]), tensors[8:]
-    return gradients(inputs, (inputs.initial_state, dht), c, do, needs, Setting(options.scale, precision=options.precision))
+    h0 = inputs.initial_state
+    dh0 = empty(h0, *h0.shape) if needs.initial_state else None
+    return gradients(inputs, (h0, dht, dh0), c, do, needs, Setting(options.scale, precision=options.precision))
 
 
 def as_sweeps_read(do: torch.Tensor, inputs: Inputs, plan: Plan) -> torch.Tensor:

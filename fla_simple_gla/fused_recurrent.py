@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import count_sequences, count_slots, first_slot, sequence_bounds, state_slot
+from ._blocks import count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
 from ._layout import transposed
@@ -52,7 +52,7 @@ def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr,
 
 
 # T = 1 is specialised on: a decode step has no loop then, and takes fewer registers
-@jit(do_not_specialize=['N', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
+@jit(do_not_specialize=['N', 'P', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
 def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -69,6 +69,7 @@ def recurrent_kernel(
     indices,  # [N]: the slots of the pool; or None
     scale,
     N, T,
+    P,  # slots of the pool
     q_b, q_t, q_h,
     k_b, k_t, k_h,
     v_b, v_t, v_h,
@@ -103,6 +104,7 @@ def recurrent_kernel(
         L = T
         slot = first_slot(cu_seqlens, i_n, 0, T, BA)
     else:
+        i_n -= 1
         i_b = tl.zeros([], tl.int64)
         first, end = sequence_bounds(cu_seqlens, i_n, N, T)
         bos = first.to(tl.int64)
@@ -120,10 +122,10 @@ def recurrent_kernel(
         o_w = i_v.to(tl.int64) * part + (i_b * H + i_h) * T + bos
         if ADJOINT:
             dg += i_v.to(tl.int64) * part + (i_b * T + bos) * H + i_h
-    i_p = state_slot(indices, i_n, N)
+    i_p = state_slot(indices, i_n, N, P)
     if cu_seqlens is not None or indices is not None:
-        # the tokens behind the last sequence, and padding
-        if (i_n == N) | (i_p < 0):
+        # the tokens in no sequence, and padding
+        if ~is_sequence(i_n, N) | (i_p < 0):
             for _ in range(L):
                 tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
                 o += H * V
@@ -253,15 +255,10 @@ def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: boo
             left = dg = empty(q, NV, B, T, H, dtype=torch.float32)
         else:
             left = w = empty(q, NV, B, H, T, dtype=torch.float32)
-    if count_runs(B, cu_seqlens):
+    if count_numbers(B, cu_seqlens):
         tensors = q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices
         launch_recurrence(tensors, scale, reverse, adjoint)
     return o, left
-
-
-def count_runs(B: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Sequences; with packed ones one more, the tokens after them, which get zeros."""
-    return count_sequences(B, cu_seqlens) + (cu_seqlens is not None)
 
 
 def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.Tensor | None = None) -> tuple[int, int]:
@@ -295,7 +292,7 @@ def launch_recurrence(tensors, scale, reverse, adjoint):
     BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
         *tensors,
-        scale, count_sequences(B, cu_seqlens), T,
+        scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_in.shape[0],
         *strides(q, 0, 3), *strides(k, 0, 3), *strides(v, 0, 3), *strides(g, 0, 3), *strides(x, 0, 3),
         *strides(state_in, 0, 2), *strides(state_out, 0, 2), *strides(states, 0, 3),
         B * H * T,
@@ -304,7 +301,7 @@ def launch_recurrence(tensors, scale, reverse, adjoint):
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
     constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
-    return recurrent_kernel, (count_runs(B, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return recurrent_kernel, (count_numbers(B, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
 
 
 def strides(x: torch.Tensor | None, first: int, end: int) -> tuple[int, ...]:

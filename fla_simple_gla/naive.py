@@ -13,6 +13,8 @@ of just the gates between two tokens. So `g = -inf` is an exact reset, in the gr
 import torch
 from einops import rearrange, repeat
 
+from . import _validation
+
 
 def naive_recurrent_simple_gla(
     q: torch.Tensor,
@@ -150,6 +152,8 @@ def _decay_mask(g: torch.Tensor) -> torch.Tensor:
 def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
     """Run `form(q, k, v, g, S) -> o, S` on head-first tensors, one packed sequence at a time."""
     (B, T, HK, K), (H, V), dtype = q.shape, v.shape[2:], q.dtype
+    if cu_seqlens is not None:
+        _validation.check_contents(cu_seqlens, None, None, T, None)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     if g is not None and g_gamma is not None:
         raise ValueError('g and g_gamma are both given: pass one of them, or neither')
@@ -165,7 +169,7 @@ def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_s
         N = B if bounds is None else len(bounds) - 1
         S = v.new_zeros(N, H, K, V) if initial_state is None else initial_state.to(precise)
         if bounds is None:
-            o, S = form(q, k, v, g, S) if T else (v, S)
+            o, S = form(q, k, v, g, S) if T else (v, S.clone())  # what is returned is not what was given
         else:
             outputs, states = [], []
             for n, (start, end) in enumerate(zip(bounds, bounds[1:])):

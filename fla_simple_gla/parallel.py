@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, sequence_bounds
+from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
 from ._launch import launcher
 from ._layout import is_hopper, load_rows, open_rows, store_rows, use_descriptors
@@ -196,8 +196,8 @@ def attention_kernel(
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
     if cu_seqlens is not None:
-        # the tokens behind the last sequence
-        if i_n == N:
+        # the tokens in no sequence
+        if ~is_sequence(i_n, N):
             store_rows(r_o, H * V, L, i_t, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
 
@@ -328,7 +328,7 @@ def gate_gradient_kernel(
     """dg of one head over one block."""
     i_s, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
-    read_end = tl.where(i_n < N, end, first)
+    read_end = tl.where(is_sequence(i_n, N), end, first)
     o_t = first + tl.arange(0, BT)
     m_t = o_t < read_end
     o_t = o_t.to(tl.int64)
@@ -337,7 +337,7 @@ def gate_gradient_kernel(
     o_w = (i_b * H + i_h) * T + o_t
     # the pairs from up to the block's end to behind it
     i_next = (first - bos) // BT + 1
-    rows = tl.cdiv(tl.where(i_n < N, eos, bos) - bos, BT)
+    rows = tl.cdiv(tl.where(is_sequence(i_n, N), eos, bos) - bos, BT)
     p_s = crossing + ((i_s - i_next + 1).to(tl.int64) * H + i_h) * NB + i_next
     b_s = tl.zeros([BI], tl.float32)
     b_w = tl.zeros([BT], tl.float32)

@@ -633,7 +633,7 @@ def test_which_blocks_reach_which(cu_seqlens):
     c = chunk_gates(g, BT, False, packed)
     sums, ranges = block_sums(c, 1, T, packed, scale, True)
     for n, (bos, eos) in enumerate(itertools.pairwise(cu_seqlens or (0, T))):
-        slot = 0 if cu_seqlens is None else bos // BT + n
+        slot = 0 if cu_seqlens is None else bos // BT + n + 1
         blocks = -(-(eos - bos) // BT)
         if not blocks:
             continue
