@@ -43,10 +43,13 @@ class Mode:
         call = under_autocast(call)
         plan = plan_for(call)
         path = dispatch_path(plan, call)
+        writes = call.state_indices is not None or call.intermediate_states_buffer is not None
+        if writes:
+            check_no_gradients(call)
         if (call.cu_seqlens is not None or call.state_indices is not None) and path != 'operators':
             check_contents(Inputs(*call[:4], call.initial_state, call.cu_seqlens, call.state_indices), call.cu_seqlens_cpu)
         g = call.g if call.g_gamma is None else call.g_gamma.expand(call.v.shape[:3])
-        if call.state_indices is not None or call.intermediate_states_buffer is not None:
+        if writes:
             return self.write(call, g, plan, path)
         v_first = call.state_v_first
         inputs = Inputs(call.q, call.k, call.v, g, transposed(call.initial_state, v_first), call.cu_seqlens)
@@ -61,7 +64,6 @@ class Mode:
 
     def write(self, call: Call, g: torch.Tensor | None, plan: Plan, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A call that writes states in place."""
-        check_no_gradients(call)
         state, indices, v_first = call.initial_state, call.state_indices, bool(call.state_v_first)
         inputs = Inputs(call.q, call.k, call.v, g, state, call.cu_seqlens, indices, call.intermediate_states_buffer)
         o, second = (self.operators.write if path == 'operators' else self.run_in_place)(inputs, v_first, plan)

@@ -31,6 +31,11 @@ def segments_of(tokens: int, plans: Cache):
 PLANS = Cache(1000)
 
 
+def launch_by_triton(monkeypatch) -> None:
+    """Passes run each time, and their launches are triton's: what else is patched is seen."""
+    monkeypatch.setattr('fla_simple_gla._passes.why_not_direct', lambda: 'it is switched off by a test')
+
+
 def chunk_in_segments(*args, **kwargs):
     """The chunk mode with segments of 128 tokens: what it does to long sequences."""
     with segments_of(128, PLANS):

@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, make_inputs, poisoned_memory, reference, run
+from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, launch_by_triton, make_inputs, poisoned_memory, reference, run
 
 from fla_simple_gla import fused_recurrent_simple_gla
 from fla_simple_gla._validation import check_contents
@@ -168,7 +168,7 @@ def test_bounds_that_decrease_by_several_segments(mode, T, bounds, dtype):
 def test_anchor_blocks_that_segments_left_out(T, bounds, dtype, monkeypatch):
     """Of which a search among the larger blocks knows nothing."""
     monkeypatch.setattr('fla_simple_gla.fused_chunk.anchor_tokens', lambda *_: 384)
-    monkeypatch.setattr('fla_simple_gla._launch.DIRECT', False)
+    launch_by_triton(monkeypatch)
     results = run(MODES['segments'], case_of('segments', T, bounds, dtype=dtype))
     assert results['dg'].isfinite().all()
 
