@@ -15,7 +15,7 @@ The first row is what PyTorch takes for itself: an autograd.Function of as many 
 of two from machine to machine, and from one moment to the next on a machine that others use: compare rows of one run.
 
 With --lengths there is a second table, of lengths that come only once, as prompts and unpadded batches have them: B 1, H 16, D 128, and T
-from 1000 on in steps of 7, each called once. The kernels are compiled before, by other lengths.
+from 1000 on in steps of 7, each called once. The first ones compile the kernels, and are not timed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 SHAPE = (8, 1024, 8, 64)
 AT_ONCE = 50
 WIDTHS = (24, 9, 9, 12)
-# of the stream of lengths: H, D, the first T and the step; the lengths before the first one compile the kernels
+# of the stream of lengths: H, D, the first T and the step
 STREAM = (16, 128, 1000, 7)
 WARM = 20
 
@@ -62,23 +62,32 @@ def mean_time(fn, calls: int) -> float:
 def stream_times(fn, lengths: int) -> tuple[float, float]:
     """Microseconds on the host of a forward, and of forward and backward together, the means over lengths that come only once."""
     H, D, first, step = STREAM
-    generator = torch.Generator(device='cuda').manual_seed(0)
-    forward, both = [], []
-    for i in range(-WARM, lengths):
-        # another length for each of the two, so that none comes twice
-        for times, T, with_backward in ((forward, first + 2 * i * step, False), (both, first + (2 * i + 1) * step, True)):
-            q, k, v, do = (torch.randn(1, T, H, D, device='cuda', dtype=torch.bfloat16, generator=generator) for _ in range(4))
-            g = torch.nn.functional.logsigmoid(torch.randn(1, T, H, device='cuda', generator=generator) + 3)
-            leaves = [x.requires_grad_() for x in (q, k, v, g)]
-            torch.cuda.synchronize()
-            torch.cuda._sleep(10**7)
-            start = time.perf_counter()
+
+    def prepared(T):
+        q, k, v, do = (torch.randn(1, T, H, D, device='cuda', dtype=torch.bfloat16) for _ in range(4))
+        g = torch.nn.functional.logsigmoid(torch.randn(1, T, H, device='cuda') + 3)
+        return [x.requires_grad_() for x in (q, k, v, g)], do
+
+    def mean_over(calls, with_backward):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**8)
+        start = time.perf_counter()
+        for leaves, do in calls:
             o, *_ = fn(*leaves)
             if with_backward:
                 torch.autograd.grad(o, leaves, do)
-            times.append(time.perf_counter() - start)
+        return (time.perf_counter() - start) / len(calls) * 1e6
+
+    means = []
+    T = first
+    for with_backward in (False, True):
+        for count in (WARM, lengths):  # the first ones compile the kernels
+            calls = [prepared(T + i * step) for i in range(count)]
+            T += count * step
+            mean = mean_over(calls, with_backward)
+        means.append(mean)
     torch.cuda.synchronize()
-    return tuple(statistics.mean(times[WARM:]) * 1e6 for times in (forward, both))
+    return tuple(means)
 
 
 def parse(arguments=None) -> argparse.Namespace:
