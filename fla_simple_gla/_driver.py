@@ -28,6 +28,7 @@ NUMBERS = {'i1': 'b', 'i8': 'b', 'i16': 'h', 'i32': 'i', 'i64': 'q', 'u1': 'B', 
 # CUtensorMapDataType
 TENSOR_MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 L2_PROMOTION_128 = 2
+MAP_MEMORY = ctypes.c_char * (TENSOR_MAP + 63)
 # CUlaunchConfig: grid, block, bytes of shared memory; stream; attributes, of which there are none
 LAUNCH_CONFIG = struct.Struct('<7I4xQQI4x')
 
@@ -115,6 +116,22 @@ def declared_sizes(ptx: str) -> list[int] | None:
     return sizes
 
 
+class Box(NamedTuple):
+    """What one copy of a tile takes, as triton compiled it."""
+
+    sizes: ctypes.Array
+    steps: ctypes.Array
+    swizzle: int  # of a tile in shared memory
+
+    @classmethod
+    def of(cls, description: dict | None, rank: int) -> 'Box | None':
+        """None where it is not known what triton says of it."""
+        if not isinstance(description, dict) or len(description.get('block_size', ())) != rank or description.get('fp4_padded'):
+            return None
+        array = ctypes.c_uint32 * rank
+        return cls(array(*description['block_size'][::-1]), array(*[1] * rank), description['swizzle'])
+
+
 class Variant:
     """One compiled kernel, and the memory from which the driver takes the parameters of its launches."""
 
@@ -126,7 +143,8 @@ class Variant:
         self.threads, self.shared = 32 * metadata.num_warps, metadata.shared
         self.scratch = metadata.global_scratch_size
         self.fields, self.end = [], 0
-        self.pointers, self.tiles, self.numbers = [], [], []
+        self.taken = []  # kind and number of the arguments that are no constants
+        self.pointers, self.tiles = [], []
         descriptions = iter(getattr(metadata, 'tensordesc_meta', None) or ())
         self.known = True
         for i, kind in enumerate(compiled.src.signature.values()):
@@ -135,13 +153,17 @@ class Variant:
             if i >= arguments or not isinstance(kind, str):
                 self.known = False
             elif kind[0] == '*':
+                self.taken.append(('pointer', i))
                 self.pointers.append(self.add('Q', 8, i))
             elif kind.startswith('tensordesc'):
-                self.tiles.append((self.add(f'{TENSOR_MAP}s', 64, i), next(descriptions, None)))
+                self.taken.append(('tiles', i))
                 rank = kind.split(']')[0].count(',') + 1
-                self.numbers += [self.add(number, struct.calcsize(number), i) for number in 'i' * rank + 'q' * rank]
+                self.tiles.append((self.add(f'{TENSOR_MAP}s', 64, i), Box.of(next(descriptions, None), rank)))
+                for number in 'i' * rank + 'q' * rank:
+                    self.add(number, struct.calcsize(number), i)
             elif kind in NUMBERS:
-                self.numbers.append(self.add(NUMBERS[kind], struct.calcsize(NUMBERS[kind]), i))
+                self.taken.append(('number', i))
+                self.add(NUMBERS[kind], struct.calcsize(NUMBERS[kind]), i)
             else:
                 self.known = False
         self.scratch_offset = self.add('Q', 8).offset
@@ -149,7 +171,7 @@ class Variant:
         plain = metadata.num_ctas == 1 and not (metadata.profile_scratch_size or metadata.launch_cooperative_grid or metadata.launch_pdl)
         # The pointers lie side by side, so that one call writes them.
         together = all(a.offset + 8 == b.offset for a, b in zip(self.pointers, self.pointers[1:]))
-        described = all(isinstance(description, dict) for _, description in self.tiles)
+        described = all(box is not None for _, box in self.tiles)
         sizes = [struct.calcsize(field.format) for field in self.fields]
         self.is_understood = bool(self.known and plain and together and described and sizes == declared_sizes(compiled.asm['ptx']))
 
@@ -180,16 +202,15 @@ class Variant:
 
     def image(self, args: tuple) -> bytes:
         """The memory of a launch with these arguments, its addresses left zero."""
-        values, seen = [], {}
-        for format, _, i in self.fields:
-            if i is None or format == 'Q' and hasattr(args[i], 'data_ptr'):
+        values = []
+        for kind, i in self.taken:
+            if kind == 'pointer':
                 values.append(0)
-            elif isinstance(args[i], Tiles):
-                n = seen[i] = seen.get(i, -1) + 1
-                values.append((b'', *args[i].shape, *args[i].strides)[n])
-            else:
+            elif kind == 'number':
                 values.append(args[i])
-        return self.pack(*values)
+            else:
+                values += (b'', *args[i].shape, *args[i].strides)
+        return self.pack(*values, 0, 0)
 
 
 class Launch(NamedTuple):
@@ -205,8 +226,7 @@ class Launch(NamedTuple):
     def of(cls, variant: Variant, grid: tuple[int, int, int], args: tuple) -> 'Launch':
         """The launch with these arguments, whose tensors are numbered as they come."""
         maps = [
-            (variant.places[field.offset], field.argument, TensorMaps(args[field.argument], description))
-            for field, description in variant.tiles
+            (variant.places[field.offset], field.argument, TensorMaps(args[field.argument], box)) for field, box in variant.tiles
         ]
         return cls(variant, grid, variant.image(args), tuple(field.argument for field in variant.pointers), tuple(maps))
 
@@ -238,24 +258,23 @@ class Launch(NamedTuple):
 class TensorMaps:
     """The descriptors of tensors of one layout, encoded by the driver. Used by one thread at a time, that of a launch."""
 
-    def __init__(self, tiles: Tiles, description: dict):
-        """description is what triton compiled: the swizzle of a tile in shared memory, and the box that one copy takes."""
-        rank = len(tiles.shape)
+    def __init__(self, tiles: Tiles, box: Box):
+        rank, size = len(tiles.shape), tiles.x.itemsize
+        array = ctypes.c_uint64 * rank
         # the driver counts dimensions from the last one, and leaves out its stride, which is one
-        self.shape = (ctypes.c_uint64 * rank)(*tiles.shape[::-1])
-        self.strides = (ctypes.c_uint64 * rank)(*(stride * tiles.x.itemsize for stride in tiles.strides[-2::-1]))
-        self.box = (ctypes.c_uint32 * rank)(*description['block_size'][::-1])
-        self.steps = (ctypes.c_uint32 * rank)(*[1] * rank)
-        self.type, self.rank, self.swizzle = TENSOR_MAP_TYPES[tiles.x.dtype], rank, description['swizzle']
+        self.shape = array(*tiles.shape[::-1])
+        self.strides = array(*[stride * size for stride in tiles.strides[-2::-1]])
+        self.type, self.rank, self.box = TENSOR_MAP_TYPES[tiles.x.dtype], rank, box
         self.places = {}  # of those that are encoded, by address of the tensor
         self.memory = []  # which they lie in
 
     def encode(self, address: int) -> int:
         """Where the descriptor of the tensor at an address lies."""
-        memory = (ctypes.c_char * (TENSOR_MAP + 63))()
+        memory = MAP_MEMORY()
         place = -(-ctypes.addressof(memory) // 64) * 64
         error = cuda_driver().encode(
-            place, self.type, self.rank, address, self.shape, self.strides, self.box, self.steps, 0, self.swizzle, L2_PROMOTION_128, 0,
+            place, self.type, self.rank, address, self.shape, self.strides, self.box.sizes, self.box.steps,
+            0, self.box.swizzle, L2_PROMOTION_128, 0,
         )
         check_error(error, f'a tensor descriptor of shape {[*self.shape][::-1]}, strides {[*self.strides][-2::-1]} in bytes')
         if len(self.places) >= MAX_ADDRESSES:

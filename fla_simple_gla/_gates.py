@@ -35,9 +35,10 @@ import torch
 
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of
 from ._launch import launcher
+from ._layout import cdiv, next_power_of_2
 from ._passes import empty
 from ._plans import Inputs
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # the decay of one gate at or below this is zero in fp32 (no kernel keeps denormal numbers), in units of log 2
@@ -102,9 +103,9 @@ def launch_chunk_gates(tensors):
     g, c, cu_seqlens = tensors
     B, T, H = g.shape
     parts, slots, _, BT = c.shape
-    BH = min(16, triton.next_power_of_2(H))
+    BH = min(16, next_power_of_2(H))
     args = g, c, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), slots * H * BT
-    return chunk_gates_kernel, (slots, triton.cdiv(H, BH), 1), args, dict(H=H, BT=BT, BH=BH, TWO_PARTS=parts == 2, num_warps=4)
+    return chunk_gates_kernel, (slots, cdiv(H, BH), 1), args, dict(H=H, BT=BT, BH=BH, TWO_PARTS=parts == 2, num_warps=4)
 
 
 def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
@@ -240,13 +241,13 @@ def launch_gate_gradient(tensors, setting, BT, eps, state):
     BA, segment = setting.BA, setting.segment or 0
     B, T, H = g.shape
     blocks = count_slots(B, T, BA, cu_seqlens)
-    BH = min(4, triton.next_power_of_2(H))
+    BH = min(4, next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
     negligible = math.log2(eps) - 3
     args = *tensors, count_sequences(B, cu_seqlens), T, segment, negligible, *g.stride(), B * H * T, blocks
-    NC = triton.next_power_of_2(BA // BT)
+    NC = next_power_of_2(BA // BT)
     constants = dict(NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, NC=NC, BH=BH, STATE=state, num_warps=4)
-    return gate_gradient_kernel, (blocks, triton.cdiv(H, BH), 1), args, constants
+    return gate_gradient_kernel, (blocks, cdiv(H, BH), 1), args, constants
 
 
 def gate_gradient(parts: GateParts, inputs: Inputs, setting, BT: int) -> torch.Tensor:

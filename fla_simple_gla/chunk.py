@@ -28,11 +28,11 @@ import torch
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
 from ._launch import launcher
-from ._layout import exists, is_hopper, load_rows, multiprocessors, open_rows, use_descriptors
+from ._layout import cdiv, exists, is_hopper, load_rows, multiprocessors, next_power_of_2, open_rows, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 from ._validation import Call
 from .fused_chunk import (
     Operands,
@@ -234,10 +234,10 @@ def launch_summary(tensors, setting):
         *strides(k, 3), *strides(v, 3), 0 if c is None else c[0].numel(),
     )
     constants = dict(
-        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, TWO_PARTS=c is not None and c.shape[0] == 2,
+        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, next_power_of_2(K)), BV=BV, TWO_PARTS=c is not None and c.shape[0] == 2,
         TMA=use_descriptors(k, v), PRECISION=setting.precision, STAGES=stages, num_warps=warps,
     )
-    return summary_kernel, (states.shape[0] * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return summary_kernel, (states.shape[0] * H * cdiv(V, BV), 1, 1), args, constants
 
 
 @launcher
@@ -246,7 +246,7 @@ def launch_combine(tensors, N, T, segment, reverse):
     _, H, K, V = states.shape
     slots = 0 if indices is None else state.shape[0]
     args = *tensors, N, T, slots, segment, int(reverse), *strides(state, 4), *strides(state_out, 4)
-    return combine_kernel, (N * H * triton.cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
+    return combine_kernel, (N * H * cdiv(K * V, 1024), 1, 1), args, dict(H=H, K=K, V=V, BS=1024, num_warps=4)
 
 
 def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
@@ -279,7 +279,7 @@ HOPPER = {64: (64, 4, 3), 128: (64, 4, 3), 256: (128, 8, 3), 512: (64, 8, 2)}
 def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     """Columns of V, warps and stages of a summary."""
     if is_hopper(device) and dtype.itemsize == 2:
-        return HOPPER[max(64, triton.next_power_of_2(max(K, V)))]
+        return HOPPER[max(64, next_power_of_2(max(K, V)))]
     _, BV, warps, stages = sweep_config(K, V, dtype, device)
     return BV, warps, stages
 
@@ -315,21 +315,21 @@ def segment_tokens(
     if sequences is not None and sequences * V * 8 > T:
         return None
     BT, BV, *_ = sweep_config(K, V, dtype, device)
-    programs = rows * H * triton.cdiv(V, 128 if specialized else BV)
+    programs = rows * H * cdiv(V, 128 if specialized else BV)
     processors = multiprocessors(device)
     at_once = processors if specialized else processors * RESIDENT
 
     def chunk_time(programs):
         if programs > at_once:
             # the last ones share multiprocessors, though others are free
-            return triton.cdiv(programs, at_once) * (1 + SHARING * (at_once // processors - 1))
-        return 1 + SHARING * (triton.cdiv(programs, processors) - 1)
+            return cdiv(programs, at_once) * (1 + SHARING * (at_once // processors - 1))
+        return 1 + SHARING * (cdiv(programs, processors) - 1)
 
-    best, chosen = triton.cdiv(T, BT) * chunk_time(programs), None
-    blocks = triton.cdiv(T, GRAIN)
+    best, chosen = cdiv(T, BT) * chunk_time(programs), None
+    blocks = cdiv(T, GRAIN)
     for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
-        segment = triton.cdiv(blocks, segments) * GRAIN
-        segments = triton.cdiv(T, segment)
+        segment = cdiv(blocks, segments) * GRAIN
+        segments = cdiv(T, segment)
         chunks = segment // BT
         sweep, summary = chunk_time(programs * segments), chunk_time(programs * (segments - 1))
         cost = chunks * (sweep + SUMMARY * summary) + LAUNCHES + COMBINE * segments

@@ -34,11 +34,11 @@ import torch
 from ._blocks import block_bounds, count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
 from ._launch import launcher
-from ._layout import is_hopper, load_rows, open_rows, store_rows, transposed, use_descriptors
+from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, transposed, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, switched_off, tl, triton, warn_once, why_not
+from ._triton import jit, switched_off, tl, warn_once, why_not
 from ._validation import Call
 from .naive import naive_chunk_simple_gla
 
@@ -269,7 +269,7 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Co
     The chunks are the same for `[V, K]`: all four sweeps of a call use the same sums of gates.
     """
     table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
-    by_rows, by_both = (table[max(64, triton.next_power_of_2(dim))] for dim in (K, max(K, V)))
+    by_rows, by_both = (table[max(64, next_power_of_2(dim))] for dim in (K, max(K, V)))
     return by_rows._replace(BT=by_both.BT)
 
 
@@ -332,11 +332,11 @@ def launch_sweep(tensors, setting):
     )
     constants = dict(
         H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
-        BT=BT, BK=max(16, triton.next_power_of_2(K)), BV=BV, BA=BA,
+        BT=BT, BK=max(16, next_power_of_2(K)), BV=BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
         TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages, num_warps=warps,
     )
-    return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * cdiv(V, BV), 1, 1), args, constants
 
 
 def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
@@ -354,7 +354,7 @@ def sweep(operands: Operands, setting: Setting):
     o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
     if x is not None:
-        NV = triton.cdiv(V, sweep_config(K, V, q.dtype, q.device).BV)
+        NV = cdiv(V, sweep_config(K, V, q.dtype, q.device).BV)
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if setting.reverse:
             x_inter = empty(x_o, *x_o.shape)

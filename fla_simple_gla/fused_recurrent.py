@@ -31,11 +31,11 @@ import torch
 from ._blocks import count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
-from ._layout import transposed
+from ._layout import cdiv, next_power_of_2, transposed
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 from ._validation import Call
 from .naive import naive_recurrent_simple_gla
 
@@ -250,7 +250,7 @@ def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: boo
     o = empty(q, B, T, H, V)
     left = dg = None
     if x is not None:
-        NV = triton.cdiv(V, recurrence_config(K, V, None)[0])
+        NV = cdiv(V, recurrence_config(K, V, None)[0])
         if adjoint:
             left = dg = empty(q, NV, B, T, H, dtype=torch.float32)
         else:
@@ -271,7 +271,7 @@ def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.T
     With K over 128 the registers leave less: at most 128 numbers of the state to a thread. It is half of that where they would be
     spilled: states to be stored in another dtype, and rows too odd for loads of 16 bytes.
     """
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, BV = next_power_of_2(K), next_power_of_2(V)
     if pool is None:
         # at most 64 numbers of the state to a thread
         BV = min(BV, 16 if BK <= 256 else 8)
@@ -297,11 +297,11 @@ def launch_recurrence(tensors, scale, reverse, adjoint):
         *strides(state_in, 0, 2), *strides(state_out, 0, 2), *strides(states, 0, 3),
         B * H * T,
     )
-    constants = dict(H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BA=ANCHOR)
+    constants = dict(H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=next_power_of_2(K), BV=BV, BA=ANCHOR)
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
     constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
-    return recurrent_kernel, (count_numbers(B, cu_seqlens) * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return recurrent_kernel, (count_numbers(B, cu_seqlens) * H * cdiv(V, BV), 1, 1), args, constants
 
 
 def strides(x: torch.Tensor | None, first: int, end: int) -> tuple[int, ...]:

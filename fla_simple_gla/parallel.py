@@ -34,11 +34,11 @@ import torch
 from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
 from ._launch import launcher
-from ._layout import is_hopper, load_rows, open_rows, store_rows, use_descriptors
+from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty, zeros
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 from ._validation import Call
 from .fused_chunk import hopper_for as sweeps_for
 from .fused_chunk import strides
@@ -418,8 +418,8 @@ OTHERS = {
 def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Configuration of a walk with rows of K and V numbers. The blocks are the same with K and V exchanged."""
     table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
-    config = table[max(64, triton.next_power_of_2(max(K, V)))]
-    return config._replace(BK=min(config.BK, max(16, triton.next_power_of_2(K))))
+    config = table[max(64, next_power_of_2(max(K, V)))]
+    return config._replace(BK=min(config.BK, max(16, next_power_of_2(K))))
 
 
 class Gates(NamedTuple):
@@ -465,14 +465,14 @@ def launch_attention(tensors, setting):
         *tensors,
         setting.scale, count_sequences(B, cu_seqlens), T,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3),
-        B * H * T, 0 if c is None else c[0].numel(), slots, triton.cdiv(T, BT),
+        B * H * T, 0 if c is None else c[0].numel(), slots, cdiv(T, BT),
     )
     constants = dict(
         H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
         REVERSE=setting.reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
         PRECISION=setting.precision, STAGES=stages, num_warps=warps,
     )
-    return attention_kernel, (slots * H * triton.cdiv(V, BV), 1, 1), args, constants
+    return attention_kernel, (slots * H * cdiv(V, BV), 1, 1), args, constants
 
 
 def attend(operands: Operands, setting: Setting, output_attentions: bool = False):
@@ -482,14 +482,14 @@ def attend(operands: Operands, setting: Setting, output_attentions: bool = False
     q, k, v, (c, sums, _), x, cu_seqlens = operands
     B, T, H, K, V = operands.sizes()
     config = attention_config(K, V, q.dtype, q.device)
-    BT, NV = config.BT, triton.cdiv(V, config.BV)
+    BT, NV = config.BT, cdiv(V, config.BV)
     o = empty(q, B, T, H, V)
     x_o = crossing = None
     if x is not None:
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if not setting.reverse:
             # zeros, because tiles without anything are skipped
-            crossing = zeros(q, NV, count_slots(B, T, BT, cu_seqlens), H, triton.cdiv(T, BT), dtype=torch.float32)
+            crossing = zeros(q, NV, count_slots(B, T, BT, cu_seqlens), H, cdiv(T, BT), dtype=torch.float32)
     attention = zeros(q, B, H, T, T) if output_attentions else None
     if o.numel():
         launch_attention((q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens), setting)
