@@ -394,23 +394,24 @@ def fused_recurrent_simple_gla(
         k: keys, of q's shape and dtype.
         v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
         g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as the result is finite.
+            gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
         initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
             without `cu_seqlens`). Default: zeros.
-        output_final_state: whether to return the state behind the last token.
+        output_final_state: whether to return the state after the last token.
         reverse: walk each sequence from its last token to its first.
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
+            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
         state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
             or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
-            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero. What two
-            equal indices or one of P and above do is undefined. Nothing may need gradients.
-        intermediate_states_buffer: gets the state behind every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with state_v_first), in fp32,
+            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero, and so does an index of P
+            and above, which is an error on the CPU. What two equal indices do is undefined. Nothing may need gradients.
+        intermediate_states_buffer: gets the state after every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with state_v_first), in fp32,
             bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is. For speculative decoding: of the T
-            draft tokens of sequence n, the state behind the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
+            draft tokens of sequence n, the state after the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
         transpose_state_layout: deprecated name of state_v_first.
 
     Returns:

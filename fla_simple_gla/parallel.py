@@ -646,11 +646,12 @@ def parallel_simple_gla(
         k: keys, of q's shape and dtype.
         v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
         g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as the result is finite.
+            gate is allowed as long as all decays and the result are finite in fp32.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
         output_attentions: whether to return the attention map. Not with `cu_seqlens`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens behind the last sequence get zeros.
+            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
+            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
 

@@ -1,6 +1,7 @@
 """What goes in: bad input is refused by name before anything is computed, and the package imports without triton."""
 
 import inspect
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -215,3 +216,12 @@ except RuntimeError as error:
     environment = {'PYTHONPATH': ':'.join(sys.path)}
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
     assert result.stdout == 'refused\n', result.stderr
+
+
+def test_report():
+    """`python -m fla_simple_gla` says what a bug report needs, and that every mode is right."""
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {'PYTHONPATH': ':'.join(sys.path)}
+    result = subprocess.run([sys.executable, '-m', 'fla_simple_gla'], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stdout.endswith('all modes are right\n'), result.stdout + result.stderr
+    for expected in (f'fla_simple_gla {fla_simple_gla.__version__}', f'torch {torch.__version__}', 'GPU: ', *MODES):
+        assert expected in result.stdout or expected == 'segments'
