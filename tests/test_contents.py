@@ -10,17 +10,16 @@ import random
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, launch_by_triton, make_inputs, poisoned_memory, reference, run
+from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, launch_by_triton, make_inputs, poisoned_memory, reference, rms_error, run
 
 from fla_simple_gla import fused_recurrent_simple_gla
 from fla_simple_gla._validation import check_contents
 
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
-D = 64 if GPU else 16
 # without a GPU the chunk mode leaves sequences in one piece, and is fused_chunk
 DIFFERENT = [mode for mode in MODES if GPU or mode != 'chunk']
 MAX32, MAX64 = 2**31 - 1, 2**63 - 1
-TOKENS = ['o', 'dq', 'dk', 'dv', 'dg']
+TOKENS = {'o', 'dq', 'dk', 'dv', 'dg'}
 
 # bounds that never decrease, with batches of so many tokens
 SORTED = [
@@ -53,20 +52,38 @@ def moved(bounds, T):
     return [min(max(bound, 0), T) for bound in bounds]
 
 
-def case_of(mode, T, bounds, **options):
-    return Case(T, cu_seqlens=bounds, K=D, V=D, **options).of(mode)
+def dim(dtype):
+    """Of the kernels for Hopper in bf16."""
+    return 16 if dtype == torch.float32 else 64
+
+
+def case_of(mode, T, bounds, dtype=torch.float32, **options):
+    return Case(T, cu_seqlens=bounds, K=dim(dtype), V=dim(dtype), dtype=dtype, **options).of(mode)
 
 
 def expected_of(case, inputs):
     """The results of naive, where the bounds do not decrease."""
     first, *others = moved(case.cu_seqlens, case.T)
-    sliced = {name: x[:, first:] if name in ('q', 'k', 'v', 'g', 'do') else x for name, x in inputs.items()}
+    by_token = {name: inputs[name][:, first:] for name in ('q', 'k', 'v', 'g', 'do') if inputs[name] is not None}
     bounds = 0, *(bound - first for bound in others)
-    results = reference(dataclasses.replace(case, T=case.T - first, cu_seqlens=bounds), sliced)
-    for name in TOKENS:
+    results = reference(dataclasses.replace(case, T=case.T - first, cu_seqlens=bounds), inputs | by_token)
+    for name in TOKENS & results.keys():
         x = results[name]
         results[name] = torch.cat([x.new_zeros(1, first, *x.shape[2:]), x], 1)
     return results
+
+
+def check_bounds(mode, case, inputs, results):
+    """Against naive; in bf16, in which few tokens can have any error, the bits of a call with the bounds moved."""
+    if case.dtype == torch.float32:
+        check(case, results, expected_of(case, inputs))
+    else:
+        same = run(MODES[mode], dataclasses.replace(case, cu_seqlens=tuple(moved(case.cu_seqlens, case.T))), inputs)
+        for name, x in results.items():
+            assert torch.equal(x, same[name]), name
+        assert rms_error(results['o'], expected_of(case, inputs)['o']) < 1e-2
+    check_zeros(case, results)
+    check_empty(case, inputs, results)
 
 
 def in_no_sequence(case):
@@ -75,7 +92,7 @@ def in_no_sequence(case):
 
 
 def check_zeros(case, results):
-    for name in TOKENS:
+    for name in TOKENS & results.keys():
         assert (results[name][:, in_no_sequence(case)] == 0).all(), name
 
 
@@ -97,10 +114,7 @@ def test_bounds_outside_of_the_batch(mode, T, bounds, dtype):
     narrow = (T, bounds) in SORTED32
     case = case_of(mode, T, bounds, dtype=dtype, cu_dtype=torch.int32 if narrow else torch.int64)
     inputs = make_inputs(case)
-    results = run(MODES[mode], case, inputs)
-    check(case, results, expected_of(case, inputs))
-    check_zeros(case, results)
-    check_empty(case, inputs, results)
+    check_bounds(mode, case, inputs, run(MODES[mode], case, inputs))
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -110,13 +124,7 @@ def test_bounds_of_several_segments(mode, T, bounds, dtype):
     for gate in ('g', None):
         case = case_of(mode, T, bounds, dtype=dtype, gate=gate)
         inputs = make_inputs(case)
-        if gate is None:
-            assert all(x.isfinite().all() for x in run(MODES[mode], case, inputs).values())
-            continue
-        results = run(MODES[mode], case, inputs)
-        check(case, results, expected_of(case, inputs))
-        check_zeros(case, results)
-        check_empty(case, inputs, results)
+        check_bounds(mode, case, inputs, run(MODES[mode], case, inputs))
 
 
 @pytest.mark.parametrize('T, bounds', [SORTED[1], SORTED[2], SORTED[3]])
@@ -147,7 +155,7 @@ def test_bounds_that_decrease(mode, T, bounds, whole, dtype):
             for name in ('initial_state', 'dht'):
                 of_sequence[name] = inputs[name][n : n + 1]
             expected = reference(alone, of_sequence)
-            check(case, {'ht': results['ht'][n : n + 1]}, {'ht': expected['ht']})
+            assert rms_error(results['ht'][n : n + 1], expected['ht']) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -188,11 +196,12 @@ def test_any_bounds(mode, dtype):
         results = run(MODES[mode], case, inputs)
         for name, x in results.items():
             assert x.isfinite().all(), (bounds, name)
-        check_zeros(case, results)
-        check_empty(case, inputs, results)
         clamped = moved(bounds, T)
         if clamped == sorted(clamped):
-            check(case, results, expected_of(case, inputs))
+            check_bounds(mode, case, inputs, results)
+        else:
+            check_zeros(case, results)
+            check_empty(case, inputs, results)
 
 
 def surrounded(x, around, dim=0):
@@ -213,7 +222,6 @@ def test_nothing_beside_the_inputs_is_read(mode, T, bounds, dtype):
         pytest.skip('takes long in the interpreter')
     case = case_of(mode, T, bounds, dtype=dtype)
     inputs = make_inputs(case)
-    expected = expected_of(case, inputs)
     wholes = []
     for name, dim in (('q', 1), ('k', 1), ('v', 1), ('g', 1), ('do', 1), ('initial_state', 0), ('dht', 0)):
         if inputs[name] is not None:
@@ -224,9 +232,7 @@ def test_nothing_beside_the_inputs_is_read(mode, T, bounds, dtype):
     def call(cu_seqlens, **options):
         return MODES[mode](cu_seqlens=surrounded(cu_seqlens, 3)[0], **options)
 
-    results = run(call, case, inputs)
-    check(case, results, expected)
-    check_zeros(case, results)
+    check_bounds(mode, case, inputs, run(call, case, inputs))
     for whole, kept in zip(wholes, before):
         assert torch.equal(whole.view(torch.uint8), kept.view(torch.uint8))
 
@@ -253,9 +259,9 @@ def test_indices_outside_of_the_pool(mode, T, bounds, indices, dtype):
     if T > 100 and mode != 'segments' and not GPU:
         pytest.skip('takes long in the interpreter')
     P = 9
-    case = Case(T, B=5 if bounds is None else 1, K=D, V=D, cu_seqlens=bounds, dtype=dtype)
+    case = Case(T, B=5 if bounds is None else 1, K=dim(dtype), V=dim(dtype), cu_seqlens=bounds, dtype=dtype)
     inputs = make_inputs(case)
-    shape = case.H, D, D
+    shape = case.H, case.K, case.V
     states = torch.randn(P, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     pool, whole = surrounded(states, float('nan'))
     before = whole.clone()
@@ -280,8 +286,8 @@ def test_indices_outside_of_the_pool(mode, T, bounds, indices, dtype):
 
 @pytest.mark.parametrize('mode', STATEFUL)
 def test_a_pool_without_slots(mode):
-    inputs = make_inputs(Case(3, B=2, K=D, V=D))
-    pool = torch.empty(0, 2, D, D, device=DEVICE)
+    inputs = make_inputs(Case(3, B=2))
+    pool = torch.empty(0, 2, 16, 16, device=DEVICE)
     assert (pool_call(mode, inputs, pool, torch.tensor([0, 3], device=DEVICE)) == 0).all()
 
 
@@ -289,10 +295,10 @@ def test_a_pool_without_slots(mode):
 def test_states_after_tokens_in_no_sequence(reverse):
     """Of these the buffer stays as it was."""
     bounds = (5, 9, 9, 20, 14, 25)
-    case = Case(32, K=D, V=D, cu_seqlens=bounds, reverse=reverse)
+    case = Case(32, cu_seqlens=bounds, reverse=reverse)
     inputs = make_inputs(case)
-    buffer, whole = surrounded(torch.full((1, 32, case.H, D, D), 7.0, device=DEVICE), 7.0, 1)
-    pool = torch.randn(3, case.H, D, D, device=DEVICE)
+    buffer, whole = surrounded(torch.full((1, 32, case.H, case.K, case.V), 7.0, device=DEVICE), 7.0, 1)
+    pool = torch.randn(3, case.H, case.K, case.V, device=DEVICE)
     indices = torch.tensor([0, 3, 1, -5, 2], device=DEVICE)
     pool_call('fused_recurrent', inputs, pool, indices, bounds, reverse=reverse, intermediate_states_buffer=buffer)
     outside = in_no_sequence(case)
