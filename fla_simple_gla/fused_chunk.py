@@ -494,7 +494,7 @@ def as_sweeps_read(do: torch.Tensor, inputs: Inputs, plan: Plan) -> torch.Tensor
     """
     if do.is_contiguous() and do.data_ptr() % 16 == 0 or not plan.once(hopper_for, *inputs[:3]) or hopper_for(*inputs[:3], do):
         return do
-    return do.contiguous()
+    return do.clone(memory_format=torch.contiguous_format)
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:

@@ -600,7 +600,7 @@ def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: 
     hopper = walks_for(inputs, plan)
     if hopper and not hopper_for(*inputs[:2], do):
         # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
-        do = do.contiguous()
+        do = do.clone(memory_format=torch.contiguous_format)
     return Gradients(*backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper))
 
 

@@ -131,7 +131,7 @@ def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
     """One multiprocessor: the programs, which stay, go from sequences to padding and on."""
     for module in ('_hopper', '_hopper_wide'):
         monkeypatch.setattr(f'fla_simple_gla.{module}.multiprocessors', lambda device: 1)
-    for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._launch.launches', 'harness.PLANS'):
+    for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._passes.records', 'harness.PLANS'):
         monkeypatch.setattr(caches, Cache(1000))
     check_pool(mode, case, INDICES[0])
 

@@ -1,0 +1,166 @@
+"""The kernels for Hopper: which calls they take, and what keeps calls from them."""
+
+from unittest import mock
+
+import pytest
+import torch
+from harness import DEVICE, GPU, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
+
+from fla_simple_gla import chunk, fused_chunk, parallel
+from fla_simple_gla._cache import Cache
+from fla_simple_gla._gates import anchor_tokens
+from fla_simple_gla._layout import is_hopper
+from fla_simple_gla._plans import Inputs, Options, Plan
+from fla_simple_gla._triton import why_not
+from fla_simple_gla.fused_chunk import hopper_for, hopper_module, why_no_hopper_sweeps
+from fla_simple_gla.parallel import hopper_for as walks_for
+
+HALF = torch.bfloat16 if GPU else torch.float16
+D = 64 if GPU else 16
+on_hopper = pytest.mark.skipif(not GPU or not is_hopper(torch.device('cuda')), reason='for Hopper GPUs')
+
+
+def qkv(inputs: dict) -> list[torch.Tensor]:
+    return [inputs[name] for name in 'qkv']
+
+
+@pytest.fixture
+def hopper_switch(monkeypatch):
+    """Sets the environment variable of the kernels for Hopper, or removes it."""
+
+    def switch(value):
+        if value is None:
+            monkeypatch.delenv('FLA_SIMPLE_GLA_HOPPER', raising=False)
+        else:
+            monkeypatch.setenv('FLA_SIMPLE_GLA_HOPPER', value)
+        for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._passes.records', 'harness.PLANS'):
+            monkeypatch.setattr(caches, Cache(1000))
+        hopper_module.cache_clear()
+
+    yield switch
+    hopper_module.cache_clear()
+
+
+@on_hopper
+def test_what_the_sweeps_for_hopper_take(hopper_switch):
+    def module_for(**change):
+        case = Case(**dict(T=200, K=64, V=64, dtype=HALF) | change)
+        module = hopper_for(*qkv(make_inputs(case)))
+        return module and module.__name__.split('.')[-1]
+
+    hopper_switch(None)
+    assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'_hopper'}
+    if why_not('wide') is None:
+        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'_hopper_wide'}
+    assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == '_hopper'
+    others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
+    assert [module_for(**change) for change in others] == [None] * len(others)
+    hopper_switch('0')
+    assert module_for() is None
+
+
+@on_hopper
+def test_what_the_walks_for_hopper_take(hopper_switch):
+    hopper_switch(None)
+    for K, taken in ((64, True), (128, True), (256, False)):
+        assert (walks_for(*qkv(make_inputs(Case(200, K=K, V=K, dtype=HALF)))) is not None) == taken
+
+
+@on_hopper
+def test_modes_take_the_sweeps_for_hopper_unless_they_are_switched_off(hopper_switch, monkeypatch):
+    hopper_switch(None)
+    launch_by_triton(monkeypatch)
+    case = Case(200, K=64, V=64, dtype=HALF)
+    module = hopper_for(*qkv(make_inputs(case)))
+    calls = mock.Mock(**{f'{name}.side_effect': getattr(module, name) for name in ('sweep', 'reverse_sweep')})
+    for name in ('sweep', 'reverse_sweep'):
+        monkeypatch.setattr(module, name, getattr(calls, name))
+    for mode in ('chunk', 'segments', 'fused_chunk'):
+        calls.reset_mock()
+        run(MODES[mode], case)
+        assert [name for name, *_ in calls.mock_calls] == ['sweep', 'sweep', 'reverse_sweep']
+    hopper_switch('0')
+    calls.reset_mock()
+    run(MODES['chunk'], case)
+    assert not calls.mock_calls
+
+
+def mean(do: torch.Tensor) -> torch.Tensor:
+    """The gradient of a mean over tokens, the same for each: a stride of 0 along T."""
+    return (do[:, :1] / do.shape[1]).expand_as(do)
+
+
+def odd_address(do: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that is no multiple of 16."""
+    memory = do.new_empty(do.numel() + 1)[1:].view(do.shape)
+    return memory.copy_(do)
+
+
+GRADIENTS = {'mean': mean, 'odd rows': lambda do: place(do, 'odd'), 'odd address': odd_address}
+
+
+@on_hopper
+@pytest.mark.parametrize('layout', GRADIENTS)
+@pytest.mark.parametrize('mode, dim', [*((mode, dim) for mode in ('chunk', 'fused_chunk') for dim in (64, 128, 256)),
+                                       ('parallel', 64), ('parallel', 128)])  # fmt: skip
+def test_gradients_that_the_kernels_for_hopper_cannot_read_are_copied(mode, dim, layout, hopper_switch, monkeypatch):
+    """The plain kernels would read them, but take twice as long."""
+    hopper_switch(None)
+    if reason := why_no_hopper_sweeps(dim, dim, HALF, torch.device(DEVICE, 0)):
+        pytest.skip(reason)
+    case = Case(200, K=dim, V=dim, dtype=HALF).of(mode)
+    inputs = make_inputs(case)
+    inputs['do'] = GRADIENTS[layout](inputs['do'])
+    assert hopper_for(*qkv(inputs)) is not None and hopper_for(*qkv(inputs), inputs['do']) is None
+    expected = reference(case, inputs)
+    with monkeypatch.context() as patch:
+        launch_by_triton(patch)
+        plain = mock.Mock(side_effect=AssertionError('a plain kernel'))
+        patch.setattr(fused_chunk, 'sweep', plain)
+        patch.setattr(parallel, 'attend', plain)
+        results = run(MODES[mode], case, inputs)
+    check(case, results, expected)
+    # recorded and replayed, too
+    for _ in range(3):
+        again = run(MODES[mode], case, inputs)
+        assert all(torch.equal(again[name], results[name]) for name in results)
+
+
+@pytest.mark.parametrize('layout', ['contiguous', *GRADIENTS])
+@pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'parallel'])
+def test_which_gradients_are_copied_for_the_kernels_for_hopper(mode, layout, monkeypatch):
+    """Those that they take when they are copied, and no others. Without a GPU: the passes are not run."""
+    if reason := why_not('hopper'):
+        pytest.skip(reason)
+    from fla_simple_gla import _hopper
+
+    module = {'chunk': chunk, 'fused_chunk': fused_chunk, 'parallel': parallel}[mode]
+    inputs = make_inputs(Case(20, K=64, V=64, dtype=HALF))
+    do = GRADIENTS[layout](inputs['do']) if layout in GRADIENTS else inputs['do']
+    passes = mock.Mock(return_value=[None] * 5)
+    monkeypatch.setattr(module, 'backward_pass', passes)
+    place_of_do = {'chunk': 10, 'fused_chunk': 9, 'parallel': 11}[mode]
+    for hopper in (_hopper, None):
+        monkeypatch.setattr(fused_chunk, 'hopper_module', lambda *_, hopper=hopper: hopper)
+        module.backward(Inputs(*qkv(inputs), None, None, None), (None, None), (do, None), None, Plan(Options(1.0)))
+        found = passes.call_args.args[0][place_of_do]
+        assert torch.equal(found, do)
+        assert (found is not do) == (hopper is not None and layout in GRADIENTS)
+        assert hopper is None or hopper.takes(found)
+
+
+def test_anchors_fit_into_segments():
+    assert [anchor_tokens(None, at_most) for at_most in (384, 256)] == [384, 256]
+    assert [anchor_tokens(segment, 384) for segment in (128, 256, 384, 640, 768, 1024)] == [128, 256, 384, 128, 384, 256]
+    assert [anchor_tokens(segment, at_most) for segment in (4096, 8192) for at_most in (384, 256)] == [384, 256] * 2
+    assert anchor_tokens(768, 256) == 256
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
+    """As in long segments, whose length no anchor block need divide."""
+    monkeypatch.setattr(fused_chunk, 'anchor_tokens', lambda *_: 384)
+    launch_by_triton(monkeypatch)
+    for case in (Case(500, K=D, V=D, dtype=dtype), Case(700, K=D, V=D, dtype=dtype, cu_seqlens=(0, 385, 385, 400, 690), memory=100)):
+        inputs = make_inputs(case)
+        check(case, run(MODES['segments'], case, inputs), reference(case, inputs))
