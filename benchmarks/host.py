@@ -115,7 +115,7 @@ def main(arguments=None) -> None:
         print_row(name, *times)
     if options.lengths:
         H, D, first, step = STREAM
-        print(f'\nB1 H{H} D{D}, T from {first} on in steps of {step}, each once, microseconds on the host, means of {options.lengths} calls')
+        print(f'\nB1 H{H} D{D}, T from {first} on in steps of {step}, microseconds on the host, means of {options.lengths} calls')
         print_row('implementation', 'forward', 'both')
         for name, fn in rows[1:]:
             print_row(name, *stream_times(fn, options.lengths))

@@ -117,7 +117,7 @@ def test_bad_input(mode, changes, error, message):
 def test_what_plans_depend_on():
     good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
     memory = zeros(2 * 5 * 2 * 8 + 1)
-    aligned, odd = memory[:-1].view(2, 5, 2, 8), memory[1:].view(2, 5, 2, 8)
+    odd = memory[1:].view(2, 5, 2, 8)
     changes = [
         {}, {'q': odd}, {'q': zeros(2, 2, 5, 8).transpose(1, 2)}, {'g': None}, {'scale': 2.0},
         {'g': good['g'].double()}, {'initial_state': zeros(2, 4, 8, 6)}, {'g': None, 'g_gamma': zeros(4)},
