@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
 def argument_kind(arg, rule: str):
     if arg is None:
         return None
-    if isinstance(arg, int):
+    if isinstance(arg, int) and not isinstance(arg, bool):
         size = 'i32' if -(2**31) <= arg < 2**31 else 'i64' if arg < 2**63 else 'u64'
         if rule == 'size':
             return size
