@@ -25,14 +25,14 @@ from fla_simple_gla import _driver, _launch, _passes, _plans, _private, _triton,
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._driver import Tiles, declared_sizes
 from fla_simple_gla._passes import device_pass, empty, zeros
-from fla_simple_gla._validation import Call
 from fla_simple_gla._private import private
+from fla_simple_gla._validation import Call
 
 HALF = torch.bfloat16 if GPU else torch.float16
 STREAM = 7
 C_TYPES = {
-    'i8': ctypes.c_int8, 'i16': ctypes.c_int16, 'i32': ctypes.c_int32, 'i64': ctypes.c_int64, 'u1': ctypes.c_uint8, 'u8': ctypes.c_uint8,
-    'u16': ctypes.c_uint16, 'u32': ctypes.c_uint32, 'u64': ctypes.c_uint64, 'fp32': ctypes.c_float,
+    'i1': ctypes.c_bool, 'i8': ctypes.c_int8, 'i16': ctypes.c_int16, 'i32': ctypes.c_int32, 'i64': ctypes.c_int64, 'u1': ctypes.c_bool,
+    'u8': ctypes.c_uint8, 'u16': ctypes.c_uint16, 'u32': ctypes.c_uint32, 'u64': ctypes.c_uint64, 'fp32': ctypes.c_float,
 }  # fmt: skip
 POINTERS = {torch.float32: '*fp32', torch.float16: '*fp16', torch.float64: '*fp64', torch.int32: '*i32', torch.int8: '*i8'}
 
@@ -50,7 +50,7 @@ def signature_of(args: tuple) -> dict:
     """As triton writes it: of a one and of None it makes constants."""
 
     def kind(arg):
-        if arg is None or arg is not True and arg == 1 and isinstance(arg, int):
+        if arg is None or type(arg) is int and arg == 1:
             return 'constexpr'
         if isinstance(arg, torch.Tensor):
             return POINTERS[arg.dtype]
@@ -229,3 +229,416 @@ class Watched:
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
+
+
+# Parameters of a launch
+
+
+@pytest.mark.parametrize('kind', _driver.NUMBERS)
+def test_numbers_of_every_type_get_to_the_driver(kind, gpu):
+    """At the places that C would give them."""
+    signature = {0: '*fp32', 1: 'i8', 2: kind, 3: 'i8', 4: 'i64', 5: 'constexpr'}
+    bits = 8 * ctypes.sizeof(C_TYPES[kind])
+    limits = {'i': (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), 'u': (0, 2**bits - 1), 'f': (-(2.0**100), 0.5)}[kind[0]]
+    variant = _driver.Variant(Compiled(signature), 6)
+    assert variant.is_understood
+    for number in (False, True) if kind in ('i1', 'u1') else limits:
+        launch = _driver.Launch.of(variant, (1, 1, 1), (torch.ones(1), -3, number, 5, -(2**40), 'constant'))
+        launch.start([2**48], torch.ones(1), STREAM)
+        assert gpu.values() == [[2**48, -3, number, 5, -(2**40)]]
+
+
+def test_what_a_launch_tells_the_driver(gpu):
+    x, y = torch.ones(4), torch.ones(4, dtype=torch.int32)
+    kernel = Kernel(num_warps=8)
+    launch = _launch.launcher(lambda tensors: (kernel, (5, 6, 7), (*tensors, -5, 1, True, 0.5, 2**40, 2**63), {'BT': 64}))
+    a_pass = device_pass(lambda tensors: launch(tensors) or ())
+    for _ in range(3):
+        a_pass((x, None, y))
+    assert kernel.launches == [((5, 6, 7), (x, None, y, -5, 1, True, 0.5, 2**40, 2**63), {'BT': 64})]  # the first is triton's
+    for found in gpu.launches:
+        assert (found.grid, found.block, found.shared, found.stream, found.scratch) == ((5, 6, 7), (256, 1, 1), 1000, STREAM, 0)
+        assert found.values == [*addresses(x, y), -5, True, 0.5, 2**40, 2**63]
+
+
+def test_the_stream_is_that_of_the_call(gpu, monkeypatch):
+    a_pass, x = Watched(), torch.ones(4)
+    for stream in range(4):
+        for module in (_passes, _launch):
+            monkeypatch.setattr(module, 'current_stream', lambda device, stream=stream: stream or None)
+        a_pass(x)
+    assert [found.stream for found in gpu.launches] == [1, 2, 3] and a_pass.runs == 2
+
+
+def test_memory_that_a_kernel_asks_for_is_allocated_at_each_launch(gpu, monkeypatch):
+    found = []
+    allocate = torch.Tensor.new_empty
+
+    def watched(*args, **kwargs):
+        found.append(allocate(*args, **kwargs))
+        return found[-1]
+
+    a_pass = Watched(lambda tensors: a_pass.launch(tensors) or (), Kernel(global_scratch_size=50))
+    a_pass(torch.ones(4))
+    monkeypatch.setattr(torch.Tensor, 'new_empty', watched)
+    for _ in range(3):
+        a_pass(torch.ones(4))
+    assert [memory.nbytes for memory in found] == [50 * 3] * 3  # a grid of three
+    assert [launch.scratch for launch in gpu.launches] == addresses(*found)
+
+
+# Tensor descriptors
+
+
+@pytest.fixture
+def tiled_pass(gpu, monkeypatch):
+    """Launches of rows of 96 numbers, 128 apart, of which the kernel copies 16 by 64."""
+    monkeypatch.setattr(Tiles, 'for_triton', lambda self: self)
+    kernel = Kernel()
+
+    @_launch.launcher
+    def launch(tensors):
+        x, y = tensors
+        return kernel, (1, 1, 1), (Tiles(x, (3, 96), (128, 1), (16, 64), 'layout'), y, 12), {}
+
+    return Watched(lambda tensors: launch(tensors) or tensors)
+
+
+def test_what_the_driver_is_told_of_a_descriptor(tiled_pass, gpu):
+    x, y = torch.zeros(3, 128, dtype=torch.float16), torch.zeros(4)
+    for _ in range(3):
+        tiled_pass(x, y)
+    assert gpu.values() == [[x.data_ptr(), 3, 96, 128, 1, y.data_ptr(), 12]] * 2
+    (found,) = gpu.encoded
+    # from the last dimension on, strides in bytes without that of the last
+    assert (found.rank, found.shape, found.strides, found.box, found.steps) == (2, [96, 3], [256], [64, 16], [1, 1])
+    # fp16, no interleaving, 128 bytes, promotion to 128 bytes in L2, zeros outside
+    assert (found.dtype, found.interleave, found.swizzle, found.promotion, found.fill) == (6, 0, 3, 2, 0)
+
+
+def test_descriptors_are_encoded_once_for_each_of_the_last_addresses(tiled_pass, gpu):
+    most = _driver.MAX_ADDRESSES
+    several = [torch.zeros(3, 128, dtype=torch.float16) for _ in range(2 * most)]
+    y = torch.zeros(4)
+    tiled_pass(several[0], y)
+    for _ in range(3):
+        for x in several[:most]:
+            tiled_pass(x, y)
+    assert [found.address for found in gpu.encoded] == addresses(*several[:most])
+    for x in several:
+        tiled_pass(x, y)
+    assert len(gpu.encoded) == 2 * most and tiled_pass.runs == 2
+    assert [values[0] for values in gpu.values()[-len(several) :]] == addresses(*several)
+
+
+def test_memory_of_descriptors_is_kept_while_they_are(tiled_pass, gpu):
+    kept = [torch.zeros(3, 128, dtype=torch.float16) for _ in range(40)]
+    for x in kept:
+        tiled_pass(x, torch.zeros(4))
+        (record,) = [record for record in _passes.records.young.values() if isinstance(record, _passes.Record)] or [None]
+        if record is None:
+            continue
+        ((_, _, maps),) = record.steps[0].launch.maps
+        assert 0 < len(maps.places) == len(maps.memory) <= _driver.MAX_ADDRESSES
+        for place, memory in zip(maps.places.values(), maps.memory):
+            start = ctypes.addressof(memory)
+            assert place % 64 == 0 and start <= place and place + 128 <= start + len(memory)
+
+
+# Records
+
+
+def test_the_first_call_runs_the_second_records_and_later_ones_replay(gpu):
+    a_pass, runs, seen = Watched(), [], []
+    kept = [(torch.ones(4), torch.ones(3)) for _ in range(5)]
+    for x, z in kept:
+        y, given, none = a_pass(x, z)
+        assert given is x and none is None and y.shape == (5,)
+        runs.append(a_pass.runs)
+        seen.append(addresses(x, y, z))
+        kept.append(y)
+        if len(seen) == 5:
+            break
+    assert runs == [1, 2, 2, 2, 2]
+    # the first launch of a kernel is triton's
+    assert len(a_pass.kernel.launches) == 1 and gpu.values() == seen[1:]
+
+
+def changed(x: torch.Tensor, z: torch.Tensor) -> dict:
+    """Calls that no record of `(x, z)` is for."""
+    return {
+        'number': ((x, z), (2,)),
+        'dtype': ((x.half(), z), (1,)),
+        'shape': ((torch.ones(5, 4), z), (1,)),
+        'strides': ((x.clone().T, z), (1,)),
+        'alignment': ((torch.ones(17)[1:].view(4, 4), z), (1,)),
+        'absent': ((x, None), (1,)),
+        'one tensor twice': ((x, x), (1,)),
+    }
+
+
+@pytest.mark.parametrize('change', changed(torch.ones(4, 4), torch.ones(4, 4)))
+def test_other_calls_are_other_records(change, gpu):
+    a_pass = Watched()
+    x, z = torch.ones(4, 4), torch.ones(4, 4)
+    for _ in range(3):
+        a_pass(x, z, numbers=(1,))
+    tensors, numbers = changed(x, z)[change]
+    for _ in range(3):
+        a_pass(*tensors, numbers=numbers)
+    a_pass(x, z, numbers=(1,))
+    assert a_pass.runs == 4
+    *_, other, last = gpu.launches
+    for found, (first, second) in ((other, tensors), (last, (x, z))):
+        assert found.values[0] == first.data_ptr()
+        assert second is None and len(found.values) == 2 or found.values[2] == second.data_ptr()
+
+
+@pytest.mark.parametrize('cached', [True, False])
+def test_a_plan_stands_for_the_layouts_if_it_is_kept(cached, gpu, monkeypatch):
+    layouts = mock.Mock(side_effect=_passes.layouts)
+    monkeypatch.setattr(_passes, 'layouts', layouts)
+    plan, a_pass = _plans.Plan(_plans.Options(1.0)), Watched()
+    plan.cached = cached
+    for _ in range(4):
+        a_pass(x := torch.ones(4), plan=plan if cached else _plans.Plan(plan.options))
+    assert (a_pass.runs, layouts.call_count) == (2, 0 if cached else 4)
+    assert gpu.values()[-1][0] == x.data_ptr()
+
+
+def test_a_replay_allocates_anew(gpu):
+    a_pass, x = Watched(), torch.ones(4)
+    results = [a_pass(x)[0] for _ in range(5)]
+    assert len({*addresses(*results)}) == 5
+
+
+def test_zeros_are_zero_each_time(gpu):
+    def body(tensors):
+        y = zeros(tensors[0], 3, dtype=torch.int32)
+        a_pass.launch((*tensors, y))
+        return (y,)
+
+    a_pass = Watched(body)
+    kept = []
+    for _ in range(4):
+        (y,) = a_pass(torch.ones(4))
+        assert y.tolist() == [0] * 3 and y.dtype == torch.int32
+        kept.append(y.fill_(9))
+
+
+@pytest.mark.parametrize('contiguous', [True, False])
+def test_a_result_like_a_given_tensor_is_contiguous_and_its_own(contiguous, gpu):
+    x = torch.ones(4, 6) if contiguous else torch.ones(6, 4).T
+    a_pass = Watched(lambda tensors: (empty(tensors[0], 4, 6), empty(tensors[0], 4, 6)))
+    for _ in range(4):
+        a, b = a_pass(x)
+        assert len({*addresses(x, a, b)}) == 3
+        assert all(y.shape == (4, 6) and y.is_contiguous() and y.dtype == x.dtype for y in (a, b))
+
+
+def test_what_is_no_result_is_freed_after_its_last_launch(gpu, monkeypatch):
+    monkeypatch.setattr(_passes, 'SMALL', 0)
+    made, alive = [], []
+
+    def body(tensors):
+        (x,) = tensors
+        a = empty(x, 5)
+        a_pass.launch((x, a))
+        b = empty(x, 6)
+        a_pass.launch((a, b))
+        c = empty(x, 7)
+        del a
+        a_pass.launch((b, c))
+        return (c,)
+
+    a_pass = Watched(body)
+    for _ in range(2):
+        a_pass(torch.ones(4))
+    allocate, launch = torch.Tensor.new_empty, gpu.launch
+
+    def watched_empty(*args, **kwargs):
+        made.append(weakref.ref(x := allocate(*args, **kwargs)))
+        return x
+
+    def watched_launch(*args):
+        alive.append([tensor() is not None for tensor in made])
+        return launch(*args)
+
+    monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
+    for variant in _launch.variants.values():
+        monkeypatch.setattr(variant, 'call', watched_launch)
+    result = a_pass(torch.ones(4))
+    assert alive == [[True], [True, True], [False, True, True]]
+    assert [tensor() is not None for tensor in made] == [False, False, True] and len(result) == 1 and a_pass.runs == 2
+
+
+@pytest.mark.parametrize('scratch', [0, 50])
+def test_small_ones_share_an_allocation(scratch, gpu, monkeypatch):
+    monkeypatch.setattr(_passes, 'SMALL', 400)
+
+    def body(tensors):
+        (x,) = tensors
+        a, b, c, large, result = (empty(x, n) for n in (3, 100, 70, 101, 7))
+        a_pass.launch((a, b, c))
+        a_pass.launch((large, result, zeros(x, 2)))
+        return (result,)
+
+    a_pass = Watched(body, Kernel(global_scratch_size=scratch))
+    for _ in range(2):
+        a_pass(torch.ones(4))
+    sizes, allocate = [], torch.Tensor.new_empty
+
+    def watched(*args, **kwargs):
+        sizes.append((x := allocate(*args, **kwargs)).nbytes)
+        return x
+
+    monkeypatch.setattr(torch.Tensor, 'new_empty', watched)
+    gpu.launches.clear()
+    (result,) = a_pass(torch.ones(4))
+    (a, b, c), (large, last, _) = gpu.values()
+    # 12, 400 and 280 bytes, each in a multiple of 256
+    assert (b - a, c - b, last) == (256, 512, result.data_ptr())
+    assert not a <= large < a + 1280
+    assert sorted(size for size in sizes if size != scratch * 3) == [4 * 7, 4 * 101, 1280]
+
+
+# What a pass may do
+
+
+COMPUTATIONS = {
+    'fills': lambda x, y: y.fill_(3),
+    'adds': lambda x, y: x + 1,
+    'adds in place': lambda x, y: x.add_(1),
+    'copies into': lambda x, y: y.copy_(x),
+    'clones': lambda x, y: x.clone(),
+    'casts': lambda x, y: x.half(),
+    'copies a transposed one': lambda x, y: x.T.contiguous(),
+    'allocates by other functions': lambda x, y: torch.empty_like(x),
+    'allocates ones': lambda x, y: x.new_ones(3),
+    'reads a number': lambda x, y: x[0, 0].item(),
+    'writes to an element': lambda x, y: x.__setitem__(0, 7),
+    'changes a shape': lambda x, y: y.unsqueeze_(0),
+    'writes by out': lambda x, y: torch.add(x, 1, out=y),
+}
+
+
+def computing_pass(name: str, *before: str) -> Watched:
+    def body(tensors):
+        (x,) = tensors
+        y = empty(x, 4, 4)
+        COMPUTATIONS[name](x, y)
+        return (y,)
+
+    return Watched(body)
+
+
+@pytest.mark.parametrize('name', COMPUTATIONS)
+def test_a_pass_that_computes_is_an_error_when_it_is_recorded(name, gpu):
+    a_pass, x = computing_pass(name), torch.ones(4, 4)
+    a_pass(x.clone())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r'a pass only allocates, takes views and launches, but calls aten\.\w+'):
+            a_pass(x)
+    assert torch.equal(x, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize('name', COMPUTATIONS)
+def test_a_pass_that_computes_is_an_error_in_a_dry_run(name, gpu):
+    a_pass, x = computing_pass(name), torch.ones(4, 4)
+    this = _passes.Pass(a_pass.call.__wrapped__, ((x,),), -1, True)
+    with pytest.raises(RuntimeError, match='a pass only allocates, takes views and launches'):
+        _passes.dry_run(this)
+    assert torch.equal(x, torch.ones(4, 4)) and _passes.thread.running is this
+    _passes.thread.running = None
+
+
+def test_views_are_allowed(gpu):
+    def body(tensors):
+        (x,) = tensors
+        y = empty(x, 4, 6)
+        views = x.mT, x[:2], x.view(-1), x.unflatten(1, (2, 2)), y.detach(), y[0].expand(3, 6), y.view(2, 12), y.as_strided((2,), (1,))
+        a_pass.launch(views)
+        return x, y
+
+    a_pass = Watched(body)
+    for _ in range(4):
+        x, y = a_pass(torch.ones(4, 4))
+        launched = (gpu.values() or [None])[-1]
+        assert launched in (None, [x.data_ptr()] * 4 + [y.data_ptr()] * 4)
+    assert a_pass.runs == 2 and launched
+
+
+def test_the_dry_run_of_a_pass_neither_allocates_nor_launches(gpu):
+    a_pass, x = Watched(), torch.ones(4)
+    this = _passes.Pass(a_pass.call.__wrapped__, ((x, None),), -1, True)
+    ((kernel, grid, args, constants),) = _passes.dry_run(this)
+    assert (kernel, grid, constants) == (a_pass.kernel, (1, 3, 1), {})
+    assert args[0] is x and args[1].is_meta and args[1].shape == (5,) and args[2] is None
+    assert not kernel.launches and not gpu.launches
+    _passes.thread.running = None
+
+
+FOREIGN = {
+    'a launch of a tensor from elsewhere': lambda x, y, other: ((x, other), (y,)),
+    'a launch of a view elsewhere in a tensor': lambda x, y, other: ((x, x[1:]), (y,)),
+    'a result from elsewhere': lambda x, y, other: ((x, y), (other,)),
+    'a view as a result': lambda x, y, other: ((x, y), (y[1:],)),
+}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_a_pass_with_tensors_of_unknown_origin_runs_every_time(name, gpu):
+    others = iter([torch.ones(3) for _ in range(5)])
+
+    def body(tensors):
+        (x,) = tensors
+        launched, results = FOREIGN[name](x, empty(x, 4), next(others))
+        a_pass.launch(launched)
+        expected.append(addresses(*launched))
+        return results
+
+    a_pass, expected = Watched(body), []
+    for i in range(5):
+        (result,) = a_pass(torch.ones(4))
+        assert result.shape == ((3,) if 'result' in name else (4,)) and a_pass.runs == i + 1
+    assert gpu.values() == expected[1:]
+
+
+def test_an_error_in_a_pass_leaves_the_thread_as_it_was(gpu):
+    def body(tensors, fails):
+        if fails:
+            raise KeyError('a test')
+        a_pass.launch(tensors)
+        return tensors
+
+    a_pass, x = Watched(body), torch.ones(4)
+    for numbers in (True, True, False, False):
+        if numbers:
+            with pytest.raises(KeyError, match='a test'):
+                a_pass(x, numbers=(numbers,))
+        else:
+            a_pass(x, numbers=(numbers,))
+        assert _passes.thread.running is None
+    assert gpu.values() == [[x.data_ptr()]]
+
+
+def test_a_pass_inside_of_another_is_part_of_it(gpu):
+    inner = Watched(lambda tensors: inner.launch(tensors) or tensors[:1])
+
+    def body(tensors):
+        x, z = tensors
+        y = empty(x, 5)
+        inner(x, y)
+        inner(z, y)
+        outer.launch((x, z))
+        return (y,)
+
+    outer = Watched(body)
+    for i in range(4):
+        x, z = torch.ones(4), torch.ones(4)
+        (y,) = outer(x, z)
+        found = gpu.values()
+        expected = [addresses(x, y), addresses(z, y), addresses(x, z)]
+        # the first launch of each kernel is triton's
+        assert found == (expected if i else expected[1:2])
+    assert (outer.runs, inner.runs) == (2, 4)
