@@ -3,6 +3,7 @@
 Most tests need no GPU: CPU tensors go a GPU's way, to a driver that notes what it is told (`gpu`).
 """
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -642,3 +643,189 @@ def test_a_pass_inside_of_another_is_part_of_it(gpu):
         # the first launch of each kernel is triton's
         assert found == (expected if i else expected[1:2])
     assert (outer.runs, inner.runs) == (2, 4)
+
+
+# What is left to triton
+
+
+def without_last(signature: dict) -> str:
+    """One parameter less than is known."""
+    head, _, tail = ptx_of(signature).rpartition(',\n')
+    return head + tail[tail.index('\n)') :]
+
+
+def with_more(signature: dict) -> str:
+    return ptx_of(signature).replace('\n)', ',\n\t.param .u64 kernel_param_9\n)')
+
+
+OTHERWISE = {
+    'one parameter less': dict(ptx=without_last),
+    'one more': dict(ptx=with_more),
+    'another size': dict(ptx=lambda signature: ptx_of(signature).replace('.u32', '.u64')),
+    'another order': dict(ptx=lambda signature: ptx_of({0: '*fp32', 1: '*fp32', 2: 'i64', 3: 'i32'})),
+    'no list of parameters': dict(ptx=lambda signature: 'nothing'),
+    'clusters': dict(num_ctas=2),
+    'a cooperative grid': dict(launch_cooperative_grid=True),
+    'programmatic dependent launch': dict(launch_pdl=True),
+    'memory for a profiler': dict(profile_scratch_size=1),
+}
+
+
+@pytest.mark.parametrize('name', OTHERWISE)
+def test_kernels_with_other_parameters_than_known_are_launched_by_triton(name, gpu):
+    kernel = Kernel(**OTHERWISE[name])
+    launch = _launch.launcher(lambda tensors: (kernel, (1, 1, 1), (*tensors, -5, 2**40), {}))
+    a_pass = Watched(lambda tensors: launch(tensors) or tensors)
+    for i in range(4):
+        x, y = torch.ones(4), torch.ones(4)
+        a_pass(x, y)
+        assert kernel.launches[-1][1][:2] == (x, y) and len(kernel.launches) == a_pass.runs == i + 1
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize('signature', [
+    {0: '*fp32', 1: ('i32', 'i32')}, {0: '*fp32', 1: 'bf16'}, {0: '*fp32', 1: 'i32', 2: '*fp32'}, {0: '*fp32', 1: 'i32', 2: 'i32'},
+], ids=['a tuple', 'a new type', 'a pointer after a number', 'more than the arguments'])  # fmt: skip
+def test_other_signatures_are_not_understood(signature, gpu):
+    known = _driver.Variant(Compiled({0: '*fp32', 1: 'i32'}), 2)
+    assert known.is_understood
+    compiled = Compiled({0: '*fp32', 1: 'i32'})
+    compiled.src.signature = signature
+    compiled.asm['ptx'] = ptx_of({i: kind for i, kind in signature.items() if kind in ('*fp32', 'i32')})
+    assert not _driver.Variant(compiled, 2 if len(signature) == 2 or signature[2] == 'i32' else 3).is_understood
+
+
+@pytest.mark.parametrize('described', [None, [], [None], [{'block_size': [64], 'swizzle': 3}],
+                                       [{'block_size': [16, 64], 'swizzle': 3, 'fp4_padded': True}]])  # fmt: skip
+def test_descriptors_that_triton_describes_otherwise_are_not_understood(described, gpu):
+    signature = {0: 'tensordesc<fp16[16, 64]>'}
+    assert _driver.Variant(Compiled(signature), 1).is_understood
+    assert not _driver.Variant(Compiled(signature, tensordesc_meta=described), 1).is_understood
+
+
+def test_a_kernel_is_compiled_again_for_what_triton_specialises_on(gpu):
+    kernel, x = Kernel(), torch.ones(5)
+    launch = _launch.launcher(lambda tensors, number: (kernel, (1, 1, 1), (*tensors, number), {}))
+    a_pass = device_pass(lambda tensors, number: launch(tensors, number) or ())
+    launched = []
+    for tensor, number in ((x, 3), (x[1:], 3), (x.half(), 3), (x, 16), (x, 1), (x, 2**40), (x, 2**63), (x, 0.5), (x, False), (x, 0)):
+        before = len(kernel.launches)
+        a_pass((tensor,), number)
+        launched.append(len(kernel.launches) - before)
+    # nought is a multiple of 16, as 16 is
+    assert launched == [1] * 9 + [0]
+    for parameter in kernel.params:
+        parameter.do_not_specialize = True
+    _launch.specialization_rules.cache_clear()
+    _launch.variants.clear()
+    for number in (3, 16, 1, 0):
+        a_pass((x[2:],), number)
+    assert len(kernel.launches) == 9 + 1
+
+
+def test_a_kernel_that_a_hook_took_away_is_launched_by_triton(gpu, monkeypatch):
+    kernel = Kernel()
+    monkeypatch.setattr(Kernel, '__getitem__', lambda self, grid: lambda *args, **constants: self.launches.append(args))
+    a_pass = Watched(kernel=kernel)
+    for _ in range(3):
+        a_pass(torch.ones(4))
+    assert len(kernel.launches) == a_pass.runs == 3 and not gpu.launches and not _launch.variants
+
+
+@pytest.mark.parametrize('name', ['why_not_direct', 'launches_are_observed'])
+def test_passes_run_each_time_where_the_driver_is_not_for_them(name, gpu, monkeypatch):
+    monkeypatch.setattr(_passes, name, lambda: 'a reason')
+    a_pass = Watched()
+    for i in range(4):
+        y, x, _ = a_pass(torch.ones(4))
+        assert a_pass.kernel.launches[-1] == ((1, 3, 1), (x, y), {}) and len(a_pass.kernel.launches) == a_pass.runs == i + 1
+    assert not gpu.launches and not len(_passes.records)
+    # and the driver is called as soon as it may be
+    monkeypatch.setattr(_passes, name, lambda: None)
+    for _ in range(3):
+        a_pass(torch.ones(4))
+    assert a_pass.runs == 6 and len(gpu.launches) == 2
+
+
+def test_a_record_is_not_replayed_while_triton_is_watched(gpu, monkeypatch):
+    a_pass = Watched()
+    for _ in range(3):
+        a_pass(torch.ones(4))
+    monkeypatch.setattr(_passes, 'launches_are_observed', lambda: True)
+    a_pass(torch.ones(4))
+    assert (a_pass.runs, len(gpu.launches), len(a_pass.kernel.launches)) == (3, 2, 2)
+
+
+def test_hooks_and_options_of_triton_are_seen():
+    knobs = pytest.importorskip('triton.knobs')
+    if _triton.why_not('direct'):
+        pytest.skip(_triton.why_not('direct'))
+    assert not _private.launches_are_observed()
+    for scope, name, value in (
+        (knobs.runtime, 'debug', True), (knobs.compilation, 'instrumentation_mode', 'consan'),
+        (knobs.runtime, 'add_stages_inspection_hook', lambda *args: None),
+    ):  # fmt: skip
+        with scope.scope():
+            setattr(scope, name, value)
+            assert _private.launches_are_observed(), name
+        assert not _private.launches_are_observed()
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        hook.add(print)
+        assert _private.launches_are_observed()
+        hook.remove(print)
+    assert not _private.launches_are_observed()
+
+
+def test_a_triton_with_other_hooks_counts_as_observed(monkeypatch):
+    for knobs in (None, SimpleNamespace(), SimpleNamespace(runtime=SimpleNamespace(debug=False))):
+        monkeypatch.setattr(_private, 'private', lambda name, knobs=knobs: knobs)
+        assert _private.launches_are_observed()
+
+
+# Errors of the driver
+
+
+def test_an_error_of_a_launch_names_the_kernel_and_the_error(gpu):
+    a_pass = Watched()
+    for i in range(4):
+        gpu.error = 700 if i else 0
+        with pytest.raises(RuntimeError, match=r'launch of kernel failed with CUDA error 700 \(CUDA_ERROR_OF_A_TEST\)') if i else contextlib.nullcontext():
+            a_pass(torch.ones(4))
+    gpu.error = 0
+    for _ in range(2):
+        a_pass(torch.ones(4))
+    assert len(a_pass.kernel.launches) == 1
+
+
+def test_an_error_of_a_descriptor_names_its_layout(tiled_pass, gpu):
+    x, y = torch.zeros(3, 128, dtype=torch.float16), torch.zeros(4)
+    tiled_pass(x, y)
+    gpu.error = 1
+    message = r'descriptor of shape \[3, 96\], strides \[256\] in bytes failed with CUDA error 1 \(CUDA_ERROR_OF_A_TEST\)'
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            tiled_pass(x, y)
+    gpu.error = 0
+    for _ in range(2):
+        tiled_pass(x, y)
+    assert [values[0] for values in gpu.values()] == [x.data_ptr()] * 2
+
+
+# What PTX declares
+
+
+def test_declared_sizes():
+    ptx = ptx_of({0: '*fp32', 1: 'tensordesc<fp16[16, 64]>', 2: 'i32', 3: 'u1', 4: 'i16', 5: 'fp32', 6: 'i64', 7: 'constexpr'})
+    assert '.param .u64 .ptr .global .align 1 kernel_param_0,' in ptx and '.param .align 64 .b8 kernel_param_1[128],' in ptx
+    assert declared_sizes(ptx) == [8, 128, 4, 4, 8, 8, 4, 1, 2, 4, 8, 8, 8]
+    older = '.visible .entry k_0123$x(\n .param .u64 k_param_0,\n .param .f64 k_param_1\n)\n.maxntid 128, 1, 1\n{'
+    assert declared_sizes(older) == [8, 8]
+    assert declared_sizes('.entry kernel () { ret; }') == []
+
+
+@pytest.mark.parametrize('ptx', [
+    '', 'nothing', '.func kernel(.param .u64 x) {', '.entry kernel(.param x) {', '.entry kernel(.param .u64 x, .reg .u32 y) {',
+    '.entry kernel(.param .u64 x', '.entry kernel(.param .align 64 .b8 x[]) {',
+])  # fmt: skip
+def test_what_is_no_ptx_declares_nothing(ptx):
+    assert declared_sizes(ptx) is None
