@@ -192,6 +192,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_passes.thread, 'devices', set())
     monkeypatch.setattr(_passes, 'records', Cache(1024))
     monkeypatch.setattr(_launch, 'variants', {})
+    monkeypatch.setattr(_launch, 'ahead', set())
     monkeypatch.setattr(_launch, 'private', {'triton.compiler.CompiledKernel': Compiled}.get)
     monkeypatch.setattr(Compiled, 'all', [])
     yield found
@@ -829,3 +830,317 @@ def test_declared_sizes():
 ])  # fmt: skip
 def test_what_is_no_ptx_declares_nothing(ptx):
     assert declared_sizes(ptx) is None
+
+
+KERNELS = '''
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(x, y, n, m, scale, flag, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    a = tl.load(x + o, mask=o < n)
+    if flag:
+        a += scale
+    tl.store(y + o + m, a)
+
+@triton.jit
+def tiled_kernel(tiles, y, n):
+    o = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(y + o, tiles.load([n, 0]))
+'''
+COMPILES = '''
+import sys
+from types import SimpleNamespace
+
+import kernels
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fla_simple_gla import _driver
+from fla_simple_gla._driver import declared_sizes
+
+_driver.cuda_driver = lambda: SimpleNamespace(launch=None)
+for kernel, signature, constants, sizes in (
+    (
+        kernels.kernel, {'x': '*fp32', 'y': '*fp32', 'n': 'i32', 'm': 'i64', 'scale': 'fp32', 'flag': 'u1', 'BLOCK': 'constexpr'},
+        {'BLOCK': 64}, [8, 8, 4, 8, 4, 1, 8, 8],
+    ),
+    (kernels.tiled_kernel, {'tiles': 'tensordesc<fp16[16, 64]>', 'y': '*fp16', 'n': 'i32'}, {}, [128, 4, 4, 8, 8, 8, 4, 8, 8]),
+):
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget('cuda', 90, 32))
+    assert declared_sizes(compiled.asm['ptx']) == sizes, compiled.asm['ptx'][:2000]
+    variant = _driver.Variant(compiled, len(signature) - len(constants))
+    assert variant.is_understood, vars(variant)
+    assert (variant.name, variant.threads, variant.shared) == (kernel.__name__, 128, compiled.metadata.shared)
+'''
+
+
+def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess:
+    """Run code in a process of its own, with this environment besides; None takes a variable out."""
+    merged = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)} | environment
+    merged = {name: value for name, value in merged.items() if value is not None}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env=merged)
+
+
+def test_what_triton_compiles_is_understood(tmp_path):
+    """With the triton that is installed, for a GPU that need not be there."""
+    if _triton.why_not('direct'):
+        pytest.skip(_triton.why_not('direct'))
+    (tmp_path / 'kernels.py').write_text(KERNELS)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = run_python(COMPILES, TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path / 'cache'), PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+
+
+# Caches
+
+
+def test_a_cache_is_bounded():
+    cache = Cache(100)
+    for i in range(1000):
+        cache.put(i, i)
+        assert cache.get(i // 2) in (None, i // 2) and len(cache) <= 200
+    assert len(cache) > 100
+
+
+def test_what_is_looked_up_again_survives_what_comes_once():
+    cache = Cache(100)
+    for i in range(40):
+        cache.put(('again', i), i)
+        assert cache.get(('again', i)) == i
+    for i in range(10_000):
+        assert cache.get(i) is None
+        cache.put(i, 'once')
+    assert [cache.get(('again', i)) for i in range(40)] == [*range(40)]
+    assert cache.get(9_999) == 'once' and cache.get(0) is None
+
+
+def test_the_least_recently_used_is_dropped():
+    cache = Cache(100)
+    for i in range(1000):
+        cache.put(i, str(i))
+        cache.get(i)
+        cache.get(7)
+    assert len(cache) <= 100 and cache.get(7) == '7'
+    assert [cache.get(i) for i in range(960, 1000)] == [str(i) for i in range(960, 1000)]
+    assert all(cache.get(i) is None for i in range(800) if i != 7)
+
+
+@pytest.mark.parametrize('lookups', [0, 1, 60])
+def test_a_new_value_takes_the_place_of_the_old(lookups):
+    cache = Cache(100)
+    cache.put('key', 'old')
+    for i in range(lookups):
+        cache.get('key')
+        if i:  # these make the key an older one
+            cache.put(i, i)
+            cache.get(i)
+    cache.put('key', 'new')
+    assert cache.get('key') == 'new' and len(cache) == max(lookups, 1)
+
+
+def test_a_cache_in_threads():
+    cache, wrong = Cache(20), []
+
+    def use(seed):
+        numbers = torch.randint(40, (3000,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for i in numbers:
+            value = cache.get(i)
+            if value is None:
+                cache.put(i, str(i))
+            elif value != str(i):
+                wrong.append((i, value))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads([lambda seed=seed: use(seed) for seed in range(4)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and len(cache) <= 40
+    kept = [*cache.new, *cache.young, *cache.old]
+    assert len({*kept}) == len(kept)
+
+
+def in_threads(calls: list) -> None:
+    """Make the calls at once, each in a thread of its own; raises what one of them raises."""
+    start, raised = threading.Barrier(len(calls), timeout=30), []
+
+    def guarded(call):
+        try:
+            start.wait()
+            call()
+        except BaseException as error:  # noqa: BLE001
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in raised:
+        raise error
+
+
+def test_a_plan_survives_ten_thousand_other_lengths(monkeypatch):
+    monkeypatch.setattr(_plans, 'plans', Cache(1024))
+    memory, gates = torch.zeros(1, 10_001, 1, 1), torch.zeros(1, 10_001, 1)
+
+    def plan_of(T):
+        q = memory[:, :T]
+        return _plans.plan_for(Call(q, q, q, gates[:, :T], output_final_state=True))
+
+    plans = [plan_of(1), plan_of(1), *(plan_of(T) for T in range(2, 10_002)), plan_of(1)]
+    assert plans[0] is plans[1] is plans[-1] and plans[0].cached
+    assert len({*plans}) == 10_001 and len(_plans.plans) <= 2048
+
+
+def test_a_record_survives_ten_thousand_other_calls(gpu):
+    a_pass = Watched()
+    for _ in range(2):
+        a_pass(torch.ones(4), numbers=('of a token',))
+    for i in range(10_000):
+        a_pass(torch.ones(4), numbers=(i,))
+    runs = a_pass.runs
+    a_pass(torch.ones(4), numbers=('of a token',))
+    assert a_pass.runs == runs == 10_002 and len(_passes.records) <= 2048
+
+
+# Threads
+
+
+def test_first_calls_of_threads_at_once_compile_a_kernel_once(gpu):
+    class SlowKernel(Kernel):
+        def __getitem__(self, grid):
+            time.sleep(0.02)
+            return super().__getitem__(grid)
+
+    a_pass, launched = Watched(kernel=SlowKernel()), []
+
+    def call():
+        for _ in range(20):
+            x = torch.ones(4)
+            y, given, _ = a_pass(x)
+            assert given is x
+            launched.append((x, y))
+            assert _passes.thread.running is None
+
+    in_threads([call] * 4)
+    ((_, by_triton, _),) = a_pass.kernel.launches
+    assert sorted([*gpu.values(), addresses(*by_triton)]) == sorted(addresses(*tensors) for tensors in launched)
+    # each thread runs it twice at most: another's record may be there by then
+    assert 2 <= a_pass.runs <= 8
+
+
+def test_threads_that_replay_at_once_get_their_own_addresses(gpu):
+    """A launch's memory is one for all threads."""
+    a_pass, seen = Watched(), {}
+    for _ in range(2):
+        a_pass(torch.ones(4))
+    gpu.launches.clear()
+
+    def call():
+        for _ in range(200):
+            x = torch.ones(4)
+            y, *_ = a_pass(x)
+            seen.setdefault(threading.current_thread(), []).append(addresses(x, y))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads([call] * 4)
+    finally:
+        sys.setswitchinterval(interval)
+    for thread, expected in seen.items():
+        assert [launch.values for launch in gpu.launches if launch.thread is thread] == expected
+    assert len(gpu.launches) == 800 and a_pass.runs == 2
+
+
+@pytest.mark.parametrize('futures', [True, False])
+def test_kernels_are_compiled_side_by_side_and_loaded_one_by_one(futures, gpu, monkeypatch):
+    count, loaded, events = 3, [], []
+    together = threading.Barrier(count, timeout=30)
+
+    class Future:
+        def __init__(self, kernel):
+            self.result = lambda: kernel
+
+    class Mode:
+        def __init__(self, pool):
+            self.pool = pool
+
+        def __enter__(self):
+            events.append('begin')
+
+        def __exit__(self, *args):
+            events.append('end')
+
+    class CompiledAhead(Compiled):
+        @property
+        def run(self):
+            loaded.append(threading.current_thread())
+            return 'launcher'
+
+    class KernelAhead(Kernel):
+        def warmup(self, *args, grid, **constants):
+            events.append((self, args[1].is_meta, grid, constants))
+            compiled = CompiledAhead(signature_of((args[0], args[0])))
+            return Future(compiled) if futures else compiled
+
+    monkeypatch.setattr(_launch, 'private', {
+        'triton.compiler.CompiledKernel': Compiled, 'triton.AsyncCompileMode': Mode, 'triton.FutureKernel': Future,
+        'triton.runtime.driver.active.launcher_cls': lambda src, metadata: together.wait(),
+    }.get)  # fmt: skip
+    kernels = [KernelAhead() for _ in range(count)]
+
+    def body(tensors):
+        (x,) = tensors
+        y = empty(x, 5)
+        for kernel in kernels:
+            simple_launch(kernel)((x, y))
+            simple_launch(kernel)((x, y))
+        return (y,)
+
+    a_pass = Watched(body)
+    for _ in range(3):  # known from the second time on
+        a_pass(torch.ones(4))
+    assert events == ['begin', *[(kernel, True, (1, 3, 1), {}) for kernel in kernels], 'end']
+    assert loaded == [threading.current_thread()] * count
+    assert [len(kernel.launches) for kernel in kernels] == [1] * count
+    # gone through without memory, run twice
+    assert a_pass.runs == 3
+
+
+def test_a_kernel_alone_is_not_compiled_ahead(gpu, monkeypatch):
+    mode = mock.Mock()
+    monkeypatch.setattr(_launch, 'private', lambda name: Compiled if name == 'triton.compiler.CompiledKernel' else mode)
+    a_pass = Watched()
+    for _ in range(2):
+        a_pass(torch.ones(4))
+    assert not mode.mock_calls and a_pass.runs == 3 and len(a_pass.kernel.launches) == 1
+
+
+@pytest.mark.skipif(GPU, reason='of the interpreter')
+def test_threads_share_the_interpreter():
+    """It replaces functions of `triton.language` while a kernel runs: one pass runs at a time, forward or backward."""
+    cases = [Case(9, K=16, V=16, seed=seed).of(mode) for seed, mode in enumerate(MODES)]
+    inputs = [make_inputs(case) for case in cases]
+    expected = [run(MODES[mode], case, x) for mode, case, x in zip(MODES, cases, inputs)]
+    found = [None] * len(cases)
+
+    def call(i, mode):
+        for _ in range(2):
+            x = inputs[i]
+            leaves = [x[name].detach().requires_grad_() for name in ('q', 'k', 'v', 'g')]
+            options = dict(initial_state=x['initial_state'], output_final_state=True) if mode in STATEFUL else {}
+            o, ht = MODES[mode](*leaves, **options)
+            outputs, given = ([o, ht], [x['do'], x['dht']]) if mode in STATEFUL else ([o], [x['do']])
+            gradients = torch.autograd.grad(outputs, leaves, given)
+            found[i] = dict(zip(('o', 'dq', 'dk', 'dv', 'dg'), (o.detach(), *gradients)))
+
+    in_threads([lambda i=i, mode=mode: call(i, mode) for i, mode in enumerate(MODES) if mode != 'segments'])
+    for mode, results, exact in zip(MODES, found, expected):
+        if mode != 'segments':  # which the harness makes by patching: for one thread
+            assert_same_bits(results, {name: exact[name] for name in results})
