@@ -1144,3 +1144,212 @@ def test_threads_share_the_interpreter():
     for mode, results, exact in zip(MODES, found, expected):
         if mode != 'segments':  # which the harness makes by patching: for one thread
             assert_same_bits(results, {name: exact[name] for name in results})
+
+
+# Memory that triton asks for
+
+
+def ours(size, alignment, stream):
+    """An allocator of a test."""
+
+
+@pytest.fixture(params=['the version that is installed', 'a global, as in 3.4'])
+def allocator_of_user(request, monkeypatch):
+    """Tells which allocator triton has, and what the user set before."""
+    triton = pytest.importorskip('triton')
+    allocation = sys.modules['triton.runtime._allocation']
+    if request.param != 'a global, as in 3.4':
+        before = current = (lambda: getattr(allocation._allocator, 'get', lambda: allocation._allocator)())
+        user, before = lambda size, alignment, stream: None, before()
+        triton.set_allocator(user)
+        yield current, user
+        triton.set_allocator(before)
+        return
+    user = lambda size, alignment, stream: None  # noqa: E731
+    allocation = types.ModuleType('_allocation')
+    allocation._allocator = user
+    monkeypatch.setattr(triton, 'set_allocator', lambda allocator: setattr(allocation, '_allocator', allocator))
+    monkeypatch.setattr(_private, 'private', {'triton.runtime._allocation': allocation}.get)
+    yield lambda: allocation._allocator, user
+
+
+def test_the_allocator_of_the_user_is_in_place_after_a_call(allocator_of_user):
+    current, user = allocator_of_user
+    assert current() is user
+    assert _private.with_allocator(ours, lambda: (current(), 'result')) == (ours, 'result')
+    assert current() is user
+
+
+def test_the_allocator_of_the_user_is_in_place_after_an_error(allocator_of_user):
+    current, user = allocator_of_user
+
+    def call():
+        assert current() is ours
+        raise KeyError('a test')
+
+    with pytest.raises(KeyError, match='a test'):
+        _private.with_allocator(ours, call)
+    assert current() is user
+
+
+def test_memory_is_for_kernels_that_make_descriptors(monkeypatch):
+    with_allocator = mock.Mock(side_effect=lambda allocator, call: call())
+    monkeypatch.setattr(_launch, 'with_allocator', with_allocator)
+    kernel = Kernel()
+    for constants, calls in (({}, 0), ({'TMA': False}, 0), ({'TMA': True}, 1)):
+        _launch.launch_by_triton(_launch.Prepared(kernel, (1, 1, 1), ('x', 2), constants))
+        assert kernel.launches[-1] == ((1, 1, 1), ('x', 2), constants) and with_allocator.call_count == calls
+    assert with_allocator.call_args.args[0] is _triton.scratch
+
+
+# Versions of triton, and the environment
+
+
+@pytest.fixture
+def reasons(monkeypatch):
+    """What is decided once is decided anew, in the test and after it; as with CUDA and its driver."""
+    from fla_simple_gla.fused_chunk import hopper_module
+
+    caches = _driver.why_not_direct, _triton.warn_once, hopper_module
+    monkeypatch.delenv('FLA_SIMPLE_GLA_DIRECT', raising=False)
+    monkeypatch.delenv('FLA_SIMPLE_GLA_HOPPER', raising=False)
+    monkeypatch.setattr(torch.version, 'cuda', '12.8')
+    monkeypatch.setattr(_driver, 'cuda_driver', lambda: 'a driver')
+
+    def clear():
+        for cache in caches:
+            cache.cache_clear()
+
+    clear()
+    yield clear
+    clear()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('version', _triton.KNOWN)
+def test_known_versions_of_triton(version, reasons, monkeypatch):
+    monkeypatch.setattr(_triton.triton, '__version__', f'{version}.1+git')
+    for feature in _triton.WHAT:
+        assert (_triton.why_not(feature) is None) == (feature in _triton.KNOWN[version])
+    assert (_driver.why_not_direct() is None) == ('direct' in _triton.KNOWN[version])
+
+
+@pytest.mark.parametrize('version', ['3.10.0', '3.5.1', '4.0.0'])
+def test_what_another_version_of_triton_lacks_is_told_once(version, reasons, monkeypatch):
+    monkeypatch.setattr(_triton.triton, '__version__', version)
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            assert version in _driver.why_not_direct()
+            for feature in _triton.WHAT:
+                _triton.warn_once(feature)
+            reasons_were = _driver.why_not_direct.cache_clear()
+    assert reasons_were is None
+    texts = {str(found.message) for found in warned}
+    assert len(warned) == len(texts) == len(_triton.WHAT) == 3
+    for feature, what in _triton.WHAT.items():
+        tested = [known for known, features in _triton.KNOWN.items() if feature in features]
+        reason = f'triton {version} is not one of the versions that this was made for ({", ".join(tested)})'
+        assert f'fla_simple_gla: {what}: {reason}. The results are the same.' in texts
+
+
+def test_kernels_for_hopper_are_off_with_another_version_of_triton(reasons, monkeypatch):
+    from fla_simple_gla import fused_chunk
+
+    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
+    device = torch.device('cuda', 0)
+    monkeypatch.setattr(_triton.triton, '__version__', '3.9.0')
+    assert fused_chunk.why_no_hopper_sweeps(64, 128, torch.bfloat16, device) is None
+    with pytest.warns(UserWarning, match='off for K or V over 128.*triton 3.9.0'):
+        assert '3.9.0' in fused_chunk.why_no_hopper_sweeps(64, 256, torch.bfloat16, device)
+    monkeypatch.setattr(_triton.triton, '__version__', '3.10.0')
+    with pytest.warns(UserWarning, match='the kernels for Hopper are off.*triton 3.10.0') as warned:
+        for K in (64, 128, 256):
+            assert '3.10.0' in fused_chunk.why_no_hopper_sweeps(K, K, torch.bfloat16, device)
+            assert fused_chunk.hopper_module(K, K, torch.bfloat16, device) is None
+    assert len(warned) == 1
+    monkeypatch.setenv('FLA_SIMPLE_GLA_HOPPER', '0')
+    assert 'FLA_SIMPLE_GLA_HOPPER=0' in fused_chunk.why_no_hopper_sweeps(64, 64, torch.bfloat16, device)
+
+
+@pytest.mark.filterwarnings('error')
+def test_why_the_driver_is_not_called(reasons, monkeypatch):
+    monkeypatch.setattr(_triton.triton, '__version__', '3.9.0')
+    assert _driver.why_not_direct() is None
+
+    def reason():
+        _driver.why_not_direct.cache_clear()
+        return _driver.why_not_direct()
+
+    with monkeypatch.context() as patch:
+        patch.setenv('FLA_SIMPLE_GLA_DIRECT', '0')
+        assert 'FLA_SIMPLE_GLA_DIRECT=0' in reason()
+        patch.setenv('FLA_SIMPLE_GLA_DIRECT', '1')
+        assert reason() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(_driver, 'cuda_driver', lambda: None)
+        assert 'libcuda.so.1' in reason()
+    with monkeypatch.context() as patch:
+        patch.setattr(_driver, 'private', lambda name: None)
+        assert 'CompiledKernel' in reason()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, 'cuda', None)
+        assert 'not built for CUDA' in reason()
+    assert reason() is None
+
+
+def test_there_is_no_driver_without_its_library(monkeypatch):
+    """Nor one that lacks a function."""
+    _driver.cuda_driver.cache_clear()
+    for library in (mock.Mock(side_effect=OSError), mock.Mock(return_value=SimpleNamespace(cuLaunchKernelEx=mock.Mock()))):
+        monkeypatch.setattr(ctypes, 'CDLL', library)
+        assert _driver.cuda_driver() is None
+        _driver.cuda_driver.cache_clear()
+    monkeypatch.setattr(ctypes, 'CDLL', mock.Mock())
+    assert _driver.cuda_driver() is not None
+    _driver.cuda_driver.cache_clear()
+
+
+@pytest.mark.parametrize('before, after, message', [
+    (None, '1', 'triton was imported without TRITON_INTERPRET=1, and fla_simple_gla otherwise'),
+    ('1', None, 'triton was imported with TRITON_INTERPRET=1, and fla_simple_gla otherwise'),
+], ids=['set', 'unset'])  # fmt: skip
+def test_the_interpreter_must_be_asked_for_before_triton_is_imported(before, after, message):
+    change = "os.environ['TRITON_INTERPRET'] = '1'" if after else "del os.environ['TRITON_INTERPRET']"
+    result = run_python(f'import os, triton\n{change}\nimport fla_simple_gla', TRITON_INTERPRET=before)
+    assert result.returncode == 1 and f'ImportError: {message}' in result.stderr
+    assert 'set the variable before the first import of triton' in result.stderr
+
+
+# Names that PyTorch and triton do not promise to keep
+
+
+GPU_NAMES = [name for name in _private.NAMES if name.startswith('triton.') or 'cuda' in name]
+
+
+def without(monkeypatch, *names: str) -> None:
+    """There is nothing of these names."""
+
+    def found(name):
+        return None if name in names else private(name)
+
+    for module in (_private, _launch, _driver):
+        monkeypatch.setattr(module, 'private', found)
+    # this one is looked at afresh each time
+    if 'torch.autograd.forward_ad._current_level' in names:
+        monkeypatch.setattr(_private, 'forward_ad', SimpleNamespace(unpack_dual=torch.autograd.forward_ad.unpack_dual))
+    for mode in MODES.values():
+        mode_object = getattr(sys.modules[mode.__module__], 'mode', None)
+        if mode_object is not None:
+            monkeypatch.setattr(mode_object, 'apply_without_transforms', _private.apply_without_transforms(mode_object.function))
+
+
+@pytest.mark.parametrize('name', [None, *_private.NAMES])
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'segments'])
+def test_modes_are_right_without_a_private_name(mode, name, monkeypatch):
+    without(monkeypatch, name)
+    case = Case(9, K=16, V=16).of(mode)
+    inputs = make_inputs(case)
+    check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+    with torch.no_grad():
+        o, _ = MODES[mode](*(inputs[x] for x in ('q', 'k', 'v', 'g')))
+    assert o.isfinite().all()
