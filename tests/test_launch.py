@@ -3,17 +3,13 @@
 Most tests need no GPU: CPU tensors go a GPU's way, to a driver that notes what it is told (`gpu`).
 """
 
-import contextlib
 import ctypes
-import gc
-import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
 import types
-import warnings
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -22,7 +18,7 @@ import pytest
 import torch
 from harness import GPU, MODES, STATEFUL, Case, check, launch_by_triton, make_inputs, reference, run
 
-from fla_simple_gla import _driver, _launch, _passes, _plans, _private, _triton, chunk_simple_gla, fused_recurrent_simple_gla
+from fla_simple_gla import _driver, _launch, _passes, _plans, _private, _triton
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._driver import Tiles, declared_sizes
 from fla_simple_gla._passes import device_pass, empty, zeros
@@ -44,7 +40,36 @@ def assert_same_bits(a: dict, b: dict) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-# A kernel, triton and a driver that run nothing.
+def in_threads(calls: list) -> None:
+    """Make the calls at once, each in a thread of its own; raises what one of them raises."""
+    start, raised = threading.Barrier(len(calls), timeout=30), []
+
+    def guarded(call):
+        try:
+            start.wait()
+            call()
+        except BaseException as error:  # noqa: BLE001
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in raised:
+        raise error
+
+
+@pytest.fixture
+def threads_that_take_turns():
+    """Often: every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+# A kernel, triton and a driver that run nothing
 
 
 def signature_of(args: tuple) -> dict:
@@ -163,8 +188,8 @@ class Gpu:
         ctypes.memset(place, 255, 128)
         ctypes.c_uint64.from_address(place).value = len(self.encoded)
         self.encoded.append(SimpleNamespace(
-            place=place, dtype=dtype, rank=rank, address=address, shape=[*shape], strides=[*strides][: rank - 1], box=[*box], steps=[*steps],
-            interleave=interleave, swizzle=swizzle, promotion=promotion, fill=fill,
+            place=place, dtype=dtype, rank=rank, address=address, shape=[*shape], strides=[*strides][: rank - 1], box=[*box],
+            steps=[*steps], interleave=interleave, swizzle=swizzle, promotion=promotion, fill=fill,
         ))  # fmt: skip
         return self.error
 
@@ -337,10 +362,10 @@ def test_memory_of_descriptors_is_kept_while_they_are(tiled_pass, gpu):
     kept = [torch.zeros(3, 128, dtype=torch.float16) for _ in range(40)]
     for x in kept:
         tiled_pass(x, torch.zeros(4))
-        (record,) = [record for record in _passes.records.young.values() if isinstance(record, _passes.Record)] or [None]
-        if record is None:
+        records = [record for record in _passes.records.young.values() if isinstance(record, _passes.Record)]
+        if not records:
             continue
-        ((_, _, maps),) = record.steps[0].launch.maps
+        ((_, _, maps),) = records[0].steps[0].launch.maps
         assert 0 < len(maps.places) == len(maps.memory) <= _driver.MAX_ADDRESSES
         for place, memory in zip(maps.places.values(), maps.memory):
             start = ctypes.addressof(memory)
@@ -351,16 +376,14 @@ def test_memory_of_descriptors_is_kept_while_they_are(tiled_pass, gpu):
 
 
 def test_the_first_call_runs_the_second_records_and_later_ones_replay(gpu):
-    a_pass, runs, seen = Watched(), [], []
+    a_pass, runs, seen, results = Watched(), [], [], []
     kept = [(torch.ones(4), torch.ones(3)) for _ in range(5)]
-    for x, z in kept:
+    for x, z in kept:  # no address comes twice
         y, given, none = a_pass(x, z)
         assert given is x and none is None and y.shape == (5,)
         runs.append(a_pass.runs)
         seen.append(addresses(x, y, z))
-        kept.append(y)
-        if len(seen) == 5:
-            break
+        results.append(y)
     assert runs == [1, 2, 2, 2, 2]
     # the first launch of a kernel is triton's
     assert len(a_pass.kernel.launches) == 1 and gpu.values() == seen[1:]
@@ -524,7 +547,7 @@ COMPUTATIONS = {
 }
 
 
-def computing_pass(name: str, *before: str) -> Watched:
+def computing_pass(name: str) -> Watched:
     def body(tensors):
         (x,) = tensors
         y = empty(x, 4, 4)
@@ -788,9 +811,10 @@ def test_a_triton_with_other_hooks_counts_as_observed(monkeypatch):
 
 def test_an_error_of_a_launch_names_the_kernel_and_the_error(gpu):
     a_pass = Watched()
-    for i in range(4):
-        gpu.error = 700 if i else 0
-        with pytest.raises(RuntimeError, match=r'launch of kernel failed with CUDA error 700 \(CUDA_ERROR_OF_A_TEST\)') if i else contextlib.nullcontext():
+    a_pass(torch.ones(4))  # the first launch is triton's
+    gpu.error = 700
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r'launch of kernel failed with CUDA error 700 \(CUDA_ERROR_OF_A_TEST\)'):
             a_pass(torch.ones(4))
     gpu.error = 0
     for _ in range(2):
@@ -941,7 +965,7 @@ def test_a_new_value_takes_the_place_of_the_old(lookups):
     assert cache.get('key') == 'new' and len(cache) == max(lookups, 1)
 
 
-def test_a_cache_in_threads():
+def test_a_cache_in_threads(threads_that_take_turns):
     cache, wrong = Cache(20), []
 
     def use(seed):
@@ -953,35 +977,10 @@ def test_a_cache_in_threads():
             elif value != str(i):
                 wrong.append((i, value))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        in_threads([lambda seed=seed: use(seed) for seed in range(4)])
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads([lambda seed=seed: use(seed) for seed in range(4)])
     assert not wrong and len(cache) <= 40
     kept = [*cache.new, *cache.young, *cache.old]
     assert len({*kept}) == len(kept)
-
-
-def in_threads(calls: list) -> None:
-    """Make the calls at once, each in a thread of its own; raises what one of them raises."""
-    start, raised = threading.Barrier(len(calls), timeout=30), []
-
-    def guarded(call):
-        try:
-            start.wait()
-            call()
-        except BaseException as error:  # noqa: BLE001
-            raised.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in raised:
-        raise error
 
 
 def test_a_plan_survives_ten_thousand_other_lengths(monkeypatch):
@@ -1034,7 +1033,7 @@ def test_first_calls_of_threads_at_once_compile_a_kernel_once(gpu):
     assert 2 <= a_pass.runs <= 8
 
 
-def test_threads_that_replay_at_once_get_their_own_addresses(gpu):
+def test_threads_that_replay_at_once_get_their_own_addresses(gpu, threads_that_take_turns):
     """A launch's memory is one for all threads."""
     a_pass, seen = Watched(), {}
     for _ in range(2):
@@ -1047,12 +1046,7 @@ def test_threads_that_replay_at_once_get_their_own_addresses(gpu):
             y, *_ = a_pass(x)
             seen.setdefault(threading.current_thread(), []).append(addresses(x, y))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        in_threads([call] * 4)
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads([call] * 4)
     for thread, expected in seen.items():
         assert [launch.values for launch in gpu.launches if launch.thread is thread] == expected
     assert len(gpu.launches) == 800 and a_pass.runs == 2
@@ -1242,8 +1236,7 @@ def test_what_another_version_of_triton_lacks_is_told_once(version, reasons, mon
             assert version in _driver.why_not_direct()
             for feature in _triton.WHAT:
                 _triton.warn_once(feature)
-            reasons_were = _driver.why_not_direct.cache_clear()
-    assert reasons_were is None
+            _driver.why_not_direct.cache_clear()
     texts = {str(found.message) for found in warned}
     assert len(warned) == len(texts) == len(_triton.WHAT) == 3
     for feature, what in _triton.WHAT.items():
@@ -1323,9 +1316,6 @@ def test_the_interpreter_must_be_asked_for_before_triton_is_imported(before, aft
 # Names that PyTorch and triton do not promise to keep
 
 
-GPU_NAMES = [name for name in _private.NAMES if name.startswith('triton.') or 'cuda' in name]
-
-
 def without(monkeypatch, *names: str) -> None:
     """There is nothing of these names."""
 
@@ -1353,3 +1343,110 @@ def test_modes_are_right_without_a_private_name(mode, name, monkeypatch):
     with torch.no_grad():
         o, _ = MODES[mode](*(inputs[x] for x in ('q', 'k', 'v', 'g')))
     assert o.isfinite().all()
+
+
+DELETES = '''
+import torch
+import torch._library.fake_impl
+
+del {name}
+
+from harness import MODES, Case, check, make_inputs, reference, run
+
+from fla_simple_gla._private import private
+
+assert private('{name}') is None
+for mode in MODES:
+    case = Case(3, K=16, V=16).of(mode)
+    inputs = make_inputs(case)
+    check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+'''
+
+
+@pytest.mark.parametrize('name', [
+    'torch._library.fake_impl.allocate_size', 'torch._C._len_torch_dispatch_stack', 'torch._C._are_functorch_transforms_active',
+])  # fmt: skip
+def test_modes_are_right_with_a_pytorch_that_lacks_a_name(name):
+    result = run_python(DELETES.format(name=name))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script.*:DeprecationWarning')
+def test_what_stands_in_for_private_names(monkeypatch):
+    without(monkeypatch, *_private.NAMES)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: SimpleNamespace(cuda_stream=100 + device))
+    assert _private.current_stream(3) == 103
+    context = SimpleNamespace(new_dynamic_size=lambda: 'a size', _shape_env='shapes')
+    monkeypatch.setattr(torch.library, 'get_ctx', lambda: context)
+    assert _private.new_symbolic_size() == 'a size'
+    assert _private.launches_are_observed()
+    assert not _private.transforms_are_active() and not _private.dispatch_modes_are_active()
+    assert not _private.is_zero_tensor(SimpleNamespace())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(1), torch.ones(1))
+        assert _private.has_tangent([None, dual]) and not _private.has_tangent([torch.ones(1), None])
+
+
+def test_a_name_that_is_not_there_is_none(monkeypatch):
+    names = 'torch._C._there_is_no_such_name', 'torch.there.is.no.such.module', 'there_is_no_such_package.name', 'torch.Tensor.no.such'
+    monkeypatch.setattr(_private, 'NAMES', dict.fromkeys([*names, 'torch.autograd.forward_ad', 'torch.Tensor.new_empty'], ''))
+    assert [private(name) for name in names] == [None] * 4
+    assert private('torch.autograd.forward_ad') is torch.autograd.forward_ad
+    assert private('torch.Tensor.new_empty') == torch.Tensor.new_empty
+    private.cache_clear()
+
+
+@pytest.mark.parametrize('name', _private.NAMES)
+def test_private_names_are_where_they_are_looked_for(name):
+    """In the versions that are installed here. One that is gone costs what is told beside it."""
+    if not GPU and ('cuda' in name or 'driver.active' in name):
+        pytest.skip('needs a GPU')
+    if name.startswith('triton') and (reason := _triton.why_not('direct')):
+        pytest.skip(reason)
+    assert private(name) is not None
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not GPU, reason='the interpreter compiles nothing')
+@pytest.mark.parametrize('mode', MODES)
+def test_recorded_passes(mode, monkeypatch):
+    """The bits of passes that are replayed are those of passes that run, and whose launches are triton's, whatever came before."""
+    layouts = [dict(layout=layout) for layout in ('contiguous', 'wide', 'odd', 'heads_first', 'qkv')]
+    others = [dict(T=1), dict(H=1), dict(gate=None), dict(scale=1.0), dict(cu_seqlens=(0, 130, 250)), dict(dtype=torch.float32)]
+    cases = [Case(**dict(T=300, K=64, V=64, dtype=HALF) | change).of(mode) for change in layouts + others]
+    with monkeypatch.context() as patch:
+        launch_by_triton(patch)
+        expected = [run(MODES[mode], case) for case in cases]
+    kept, replay = [], _passes.Record.replay
+    replays = mock.Mock(side_effect=replay)
+    monkeypatch.setattr(_passes.Record, 'replay', lambda *args: replays(*args))
+    for i in range(4):
+        for case, results in zip(cases, expected):
+            kept.append(make_inputs(case))  # no address comes twice
+            replays.reset_mock()
+            assert_same_bits(run(MODES[mode], case, kept[-1]), results)
+            # none is left out
+            assert i < 2 or replays.call_count == 2 or _driver.why_not_direct() is not None
+
+
+@pytest.mark.skipif(not GPU, reason='threads that have not used a GPU')
+@pytest.mark.parametrize('direct', [True, False])
+@pytest.mark.parametrize('mode', MODES)
+def test_thread_without_a_context(mode, direct, monkeypatch):
+    """The first use of a GPU by a thread, to which PyTorch hands memory that is there already."""
+    if not direct:
+        launch_by_triton(monkeypatch)
+    case = Case(200, K=64, V=64, dtype=HALF)
+    first, *others = (make_inputs(case) for _ in range(4))  # at addresses that no descriptor was encoded for
+    results = []
+
+    def call(inputs):
+        with torch.no_grad():
+            results.append(MODES[mode](*(inputs[name] for name in ('q', 'k', 'v', 'g')))[0].cpu())
+
+    call(first)
+    for inputs in others:  # which record, and replay
+        in_threads([lambda inputs=inputs: call(inputs)])
+    assert len(results) == 4 and all(torch.equal(result, results[0]) for result in results)
