@@ -23,6 +23,8 @@ from ._triton import scratch
 
 # Compiled kernels: by kernel, device, constants, and what triton specialises on
 variants = {}
+# The keys of those that were compiled ahead and are to be launched yet
+ahead = set()
 # Held by the one thread that compiles and loads kernels, which others may be about to launch. Triton up to 3.6 compiles a launcher in C for
 # each signature, and all these modules have one name. Python, asked again for one that it has loaded before, puts its functions into the
 # module that got the name last: it may be one that another thread has just loaded, and is about to take the launcher from. And triton, up
@@ -47,7 +49,7 @@ class Prepared(NamedTuple):
 def argument_kind(arg, rule: str):
     if arg is None:
         return None
-    if isinstance(arg, int):
+    if isinstance(arg, int) and not isinstance(arg, bool):
         size = 'i32' if -(2**31) <= arg < 2**31 else 'i64' if arg < 2**63 else 'u64'
         if rule == 'size':
             return size
@@ -116,8 +118,10 @@ def launch_directly(prepared: Prepared, tensors: tuple[torch.Tensor | None, ...]
         with loading:
             variant = variants.get(key)  # another thread may have compiled it by now
             if variant is None:
-                compile_side_by_side(this)
+                if key not in ahead:
+                    compile_side_by_side(this)
                 compiled = launch_by_triton(prepared)
+                ahead.discard(key)
                 if isinstance(compiled, private('triton.compiler.CompiledKernel')):  # a hook of triton may have taken it away
                     variants[key] = Variant(compiled, len(prepared.args))
                 return None
@@ -139,9 +143,10 @@ def compile_side_by_side(this: Pass) -> None:
     if mode is None or future is None or launcher_class is None:
         return
     new = {prepared.key(this.device): prepared for prepared in dry_run(this)}
-    new = [prepared for key, prepared in new.items() if key not in variants]
+    new = {key: prepared for key, prepared in new.items() if key not in variants and key not in ahead}
     if len(new) < 2:
         return
+    ahead.update(new)
 
     def build(kernel):
         kernel = kernel.result() if isinstance(kernel, future) else kernel
@@ -152,7 +157,7 @@ def compile_side_by_side(this: Pass) -> None:
 
     with ThreadPoolExecutor() as pool:
         with mode(pool):
-            kernels = [kernel.warmup(*for_triton(args), grid=grid, **constants) for kernel, grid, args, constants in new]
+            kernels = [kernel.warmup(*for_triton(args), grid=grid, **constants) for kernel, grid, args, constants in new.values()]
         kernels = [*pool.map(build, kernels)]
     for kernel in kernels:
         _ = kernel and kernel.run  # loads it

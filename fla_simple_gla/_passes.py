@@ -59,12 +59,14 @@ def device_pass(run: Callable) -> Callable:
     It runs on the device of the first tensor, which is not None, and returns a tuple of tensors that it was given or allocated, and None.
     All it does with tensors is to allocate them with `empty` and `zeros`, to take views, and to launch. How it does so depends on nothing
     but the numbers, which are hashable, and of the tensors on dtypes, shapes, strides, whether an address is a multiple of 16, which are
-    None, and which share an address.
+    None, and which share an address. A pass that is called in another is part of it.
     """
 
     @functools.wraps(run)
     def call(tensors: tuple[torch.Tensor | None, ...], *numbers, plan=None) -> tuple[torch.Tensor | None, ...]:
         x = tensors[0]
+        if thread.running is not None:
+            return run(tensors, *numbers)
         if not on_gpu(x):
             with interpreting:
                 return run(tensors, *numbers)
@@ -81,14 +83,13 @@ def device_pass(run: Callable) -> Callable:
             record = records.get(key)
             if type(record) is Record:
                 return record.replay(tensors, device)
-        outer = thread.running
         try:
             if record is SEEN:
                 return make_record(key, Pass(run, (tensors, *numbers), device, direct))
             thread.running = Pass(run, (tensors, *numbers), device, direct)
             return run(tensors, *numbers)
         finally:
-            thread.running = outer
+            thread.running = None
             if direct and record is None:
                 records.put(key, SEEN)
 
