@@ -7,9 +7,10 @@ inputs standard normal, both without states and with a given initial state and a
 has no states, and stops at 8,192).
 """
 
+import argparse
 import collections
-import sys
 
+import run
 import torch
 
 import fla_simple_gla
@@ -36,7 +37,10 @@ def errors(mode, dtype, T, memory, states, H=8, D=128):
 
 
 def main():
-    mode = sys.argv[1] if len(sys.argv) > 1 else 'chunk'
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('mode', nargs='?', choices=('chunk', 'fused_chunk', 'parallel'), default='chunk')
+    mode = parser.parse_args().mode
+    run.require_gpu()
     has_states = mode != 'parallel'
     print(f'{mode}, {torch.cuda.get_device_name()}, torch {torch.__version__}')
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -186,7 +186,7 @@ def test_anchor_blocks_that_segments_left_out(T, bounds, dtype, monkeypatch):
 def test_any_bounds(mode, dtype):
     generator = random.Random(mode)
     T = 200 if mode == 'segments' else 150 if GPU else 40
-    for i in range(30):
+    for i in range(30 if GPU else 12):
         N = generator.randint(1, 6)
         bounds = [generator.randint(-T, 2 * T) for _ in range(N + 1)]
         if i % 2:

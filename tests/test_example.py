@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,11 +38,38 @@ def test_trains_and_generates(tmp_path):
     assert 'each writes the same when it is alone' in result.stdout
 
 
-@pytest.mark.parametrize('content', [None, ''])
+@pytest.mark.parametrize('content', [None, b''])
 def test_refuses_a_missing_or_empty_file(tmp_path, content):
     file = tmp_path / 'file'
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content)
     for result in (run('--text', file), run('--model', file, script='generate.py')):
         assert result.returncode != 0
         assert str(file) in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_refuses_a_file_that_is_no_model(tmp_path):
+    """Whatever bytes are in it."""
+    generator = random.Random(0)
+    contents = [generator.randbytes(n) for n in (1, 10, 1000)]
+    contents += [b'\x80\x04' + generator.randbytes(50), b'PK\x03\x04' + bytes(30), b'text\n']
+    files = [tmp_path / f'file{i}' for i in range(len(contents))]
+    for file, content in zip(files, contents):
+        file.write_bytes(content)
+    code = 'import sys, generate, pathlib\nfor file in sys.argv[1:]:\n    try:\n        generate.load(pathlib.Path(file), "cpu")\n'
+    code += '    except SystemExit as error:\n        print(error)\n'
+    environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}'}
+    command = [sys.executable, '-c', code, *map(str, [*files, tmp_path])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(files) + 1, result.stdout + result.stderr
+    for file, line in zip([*files, tmp_path], lines):
+        assert line.startswith('generate.py: ') and str(file) in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+@pytest.mark.parametrize('script', ['accuracy.py', 'compiled.py', 'decode.py', 'host.py', 'run.py', 'shapes.py'])
+def test_benchmarks_say_that_they_need_a_gpu(script):
+    command = [sys.executable, str(ROOT / 'benchmarks' / script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert result.returncode == 1 and result.stderr == 'needs a CUDA GPU\n'

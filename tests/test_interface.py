@@ -57,6 +57,19 @@ BAD = [
     (PACKED | {'cu_seqlens': CU[:1]}, ValueError, r'cu_seqlens must have shape \[N \+ 1\] with N >= 1, got \[1\]'),
     (PACKED | {'cu_seqlens': CU[None]}, ValueError, 'cu_seqlens must have shape'),
     (PACKED | {'cu_seqlens': CU[::2]}, ValueError, 'cu_seqlens must be contiguous'),
+    (PACKED | {'cu_seqlens': CU.to_sparse()}, TypeError, r'cu_seqlens must be a dense .* got one of layout torch.sparse_coo'),
+    ({'g': None, 'g_gamma': 0.25}, TypeError, 'g_gamma must be a torch.Tensor, got float'),
+    ({'g_gamma': 0.25}, TypeError, 'g_gamma must be a torch.Tensor, got float'),
+    ({'scale': float('nan')}, ValueError, 'scale must be finite, got nan'),
+    ({'scale': -float('inf')}, ValueError, 'scale must be finite, got -inf'),
+    ({'scale': True}, TypeError, 'scale must be a number or None, got bool'),
+    *(
+        ({name: zeros(*arguments()[name].shape).to_sparse()}, TypeError, rf'{name} must be a dense \(strided\) tensor') for name in 'qkvg'
+    ),
+    *(
+        ({name: torch.nested.nested_tensor([zeros(3, 2, 8), zeros(5, 2, 8)], layout=layout)}, TypeError, f'{name} is a nested.*cu_seqlens')
+        for name in 'qkvg' for layout in (torch.strided, torch.jagged)
+    ),
     ({'unknown': 1}, TypeError, 'unknown'),
 ]  # fmt: skip
 BAD_STATES = [
@@ -64,6 +77,12 @@ BAD_STATES = [
     ({'initial_state': STATE, 'state_v_first': True}, ValueError, r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]'),
     ({'initial_state': zeros(3, 4, 8, 6)}, ValueError, 'initial_state'),
     (PACKED | {'initial_state': STATE[:1]}, ValueError, r'= \[2, 4, 8, 6\], got \[1, 4, 8, 6\]'),
+    ({'initial_state': STATE.to_sparse()}, TypeError, 'initial_state must be a dense'),
+    ({'initial_state': 1.0}, TypeError, 'initial_state must be a torch.Tensor, got float'),
+    ({'output_final_state': 'no'}, TypeError, 'output_final_state must be a bool, got str'),
+    ({'output_final_state': 1}, TypeError, 'output_final_state must be a bool, got int'),
+    ({'state_v_first': 'x'}, TypeError, 'state_v_first must be a bool, got str'),
+    ({'state_v_first': CU}, TypeError, 'state_v_first must be a bool, got Tensor'),
 ]
 BAD_COPIES = [
     (PACKED | {'cu_seqlens_cpu': [0, 2, 5]}, TypeError, 'cu_seqlens_cpu must be a torch.Tensor, got list'),
@@ -85,12 +104,14 @@ BAD_OF_MODE = {
         ({'chunk_size': 48}, ValueError, 'chunk_size must be a power of two, got 48'),
         ({'chunk_size': 0}, ValueError, 'chunk_size must be a power of two, got 0'),
         ({'chunk_size': 64.0}, TypeError, 'chunk_size must be an int or None, got float'),
+        ({'chunk_size': True}, TypeError, 'chunk_size must be an int or None, got bool'),
         ({'reverse': True}, TypeError, 'reverse'),
     ],
     'fused_chunk': [*BAD, *BAD_STATES, ({'reverse': True}, TypeError, 'reverse')],
-    'fused_recurrent': [*BAD, *BAD_STATES],
+    'fused_recurrent': [*BAD, *BAD_STATES, ({'reverse': 1}, TypeError, 'reverse must be a bool, got int')],
     'parallel': [
         *BAD, *BAD_COPIES,
+        ({'output_attentions': 'x'}, TypeError, 'output_attentions must be a bool, got str'),
         (PACKED | {'output_attentions': True}, ValueError, 'output_attentions is not available with cu_seqlens'),
         ({'initial_state': STATE}, TypeError, 'initial_state'),
         ({'output_final_state': True}, TypeError, 'output_final_state'),
@@ -112,6 +133,32 @@ def test_bad_input(mode, changes, error, message):
     for _ in range(2):
         with pytest.raises(error, match=message):
             MODES[mode](**arguments(**changes))
+
+
+def test_arguments_in_the_place_of_others():
+    """They are named as what they were taken for."""
+    q, k, v, g = arguments().values()
+    for mode in ('chunk', 'fused_chunk', 'fused_recurrent'):
+        with pytest.raises(TypeError, match='g_gamma must be a torch.Tensor, got float'):
+            MODES[mode](q, k, v, g, 0.25)
+    with pytest.raises(TypeError, match='state_v_first must be a bool, got Tensor'):
+        MODES['chunk'](*(PACKED[name] for name in 'qkvg'), None, None, None, False, CU)
+
+
+@pytest.mark.parametrize('mode', STATEFUL)
+def test_none_is_false(mode):
+    """As some models pass it."""
+    flags = dict.fromkeys(('output_final_state', 'state_v_first'))
+    o, ht = MODES[mode](**arguments(), **flags)
+    assert ht is None and torch.equal(o, MODES[mode](**arguments())[0])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs MKL-DNN')
+@pytest.mark.parametrize('name', ['q', 'k', 'v', 'g'])
+def test_tensors_of_mkldnn(name):
+    given = {key: x.cpu() for key, x in arguments().items()}
+    with pytest.raises((TypeError, ValueError), match=f'{name} must be .*(dense|device)'):
+        MODES['chunk'](**given | {name: given[name].to_mkldnn()})
 
 
 def test_what_plans_depend_on():

@@ -48,18 +48,18 @@ def device(request, monkeypatch):
 
 def calls_of(mode, device):
     """A few calls of a mode, by the arguments that may be wrapped in each."""
-    packed = Case(6, K=16, V=16, cu_seqlens=(0, 2, 6)).of(mode)
+    packed = Case(4, K=8, V=8, cu_seqlens=(0, 1, 4)).of(mode)
     inputs = {name: x for name, x in make_inputs(packed, device).items() if x is not None and name not in ('do', 'dht')}
-    inputs['cu_seqlens'] = torch.tensor([0, 2, 6], device=device)
+    inputs['cu_seqlens'] = torch.tensor([0, 1, 4], device=device)
     yield inputs, {}
-    gamma = Case(3, K=16, V=16, gate='gamma', initial_state=False, output_final_state=False)
+    gamma = Case(2, K=8, V=8, gate='gamma', initial_state=False, output_final_state=False)
     yield {name: x for name, x in make_inputs(gamma, device).items() if x is not None and name != 'do'}, {}
     if mode in STATEFUL:
-        inputs = {name: make_inputs(Case(3, K=16, V=16), device)[name] for name in ('q', 'k', 'v', 'g')}
-        inputs['initial_state'] = torch.ones(3, 2, 16, 16, device=device)
+        inputs = {name: make_inputs(Case(2, K=8, V=8), device)[name] for name in ('q', 'k', 'v', 'g')}
+        inputs['initial_state'] = torch.ones(3, 2, 8, 8, device=device)
         inputs['state_indices'] = torch.tensor([1], device=device)
         if mode == 'fused_recurrent':
-            inputs['intermediate_states_buffer'] = torch.zeros(1, 3, 2, 16, 16, device=device)
+            inputs['intermediate_states_buffer'] = torch.zeros(1, 2, 2, 8, 8, device=device)
         yield inputs, {}
 
 
@@ -83,7 +83,7 @@ def test_each_argument_may_be_wrapped(mode, wrap, device):
 
         expected = results(mode, copies())
         for name in arguments:
-            for _ in range(3):
+            for _ in range(2):
                 given = copies()
                 given[name] = wrap(given[name])
                 for found in (results(mode, given), results(mode, copies())):

@@ -1,0 +1,129 @@
+"""Without a GPU: the CPU path, Triton's interpreter, and what is checked of contents."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, make_inputs, reference, run
+
+from fla_simple_gla import naive_chunk_simple_gla, naive_parallel_simple_gla, naive_recurrent_simple_gla
+
+MODES_HERE = [mode for mode in MODES if mode != 'segments']
+CASE = Case(20, K=16, V=8)
+
+
+@pytest.fixture(params=['interpreter', 'CPU path'])
+def path(request, monkeypatch):
+    if request.param == 'CPU path':
+        monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+    elif GPU:
+        pytest.skip('the kernels run on the GPU')
+    return request.param
+
+
+@pytest.mark.parametrize('change', [
+    dict(dtype=torch.bfloat16), dict(dtype=torch.bfloat16, gate_dtype=torch.bfloat16, state_dtype=torch.bfloat16, cu_seqlens=(0, 7, 18)),
+    dict(gate_dtype=torch.bfloat16, state_dtype=torch.bfloat16), dict(dtype=torch.float16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize('mode', MODES_HERE)
+def test_dtypes(mode, change, path):
+    case = dataclasses.replace(CASE, **change).of(mode)
+    inputs = make_inputs(case, 'cpu')
+    check(case, run(MODES[mode], case, inputs), reference(case, inputs))
+
+
+@pytest.mark.parametrize('mode', MODES_HERE)
+def test_fp64(mode, path):
+    case = CASE.of(mode)
+    inputs = {name: x if x is None else x.double() for name, x in make_inputs(case, 'cpu').items()}
+    results, expected = run(MODES[mode], case, inputs), reference(case, inputs)
+    for name, x in results.items():
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('cu_seqlens', [None, (0, 0, 0)])
+@pytest.mark.parametrize('mode', [*STATEFUL, 'naive_chunk', 'naive_recurrent'])
+def test_final_states_are_not_the_initial_ones(mode, cu_seqlens, path):
+    """Where there are no tokens, either: whoever writes into the one does not change the other."""
+    fn = MODES.get(mode) or {'naive_chunk': naive_chunk_simple_gla, 'naive_recurrent': naive_recurrent_simple_gla}[mode]
+    q, state = torch.zeros(1, 0, 2, 8), torch.ones(1 if cu_seqlens is None else 2, 2, 8, 8)
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    _, final_state = fn(q, q, q, initial_state=state, output_final_state=True, cu_seqlens=packed)
+    final_state.zero_()
+    assert (state == 1).all()
+
+
+WRONG_BOUNDS = [
+    ((0, 6, 3, 8), 'cu_seqlens must never decrease, got 6 and then 3 at index 2'), ((2, 5, 8), 'cu_seqlens must begin with 0, got 2'),
+    ((-2, 5, 8), 'cu_seqlens must begin with 0, got -2'), ((0, 9), 'cu_seqlens must not end beyond the 8 tokens, got 9'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('bounds, message', WRONG_BOUNDS)
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+def test_wrong_boundaries(bounds, message, compiled, path):
+    q, cu_seqlens = torch.ones(1, 8, 2, 8), torch.tensor(bounds)
+    for mode in ('chunk',) if compiled else MODES_HERE:
+        fn = torch.compile(MODES[mode], backend='eager') if compiled else MODES[mode]
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                fn(q, q, q, cu_seqlens=cu_seqlens)
+    for naive in (naive_chunk_simple_gla, naive_recurrent_simple_gla, naive_parallel_simple_gla):
+        with pytest.raises(ValueError, match=message):
+            naive(q, q, q, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize('mode', ['chunk', 'parallel'])
+def test_a_copy_that_disagrees(mode, path):
+    q = torch.ones(1, 8, 2, 8)
+    with pytest.raises(ValueError, match='cu_seqlens_cpu must equal cu_seqlens, got 4 at index 1 where that has 5'):
+        MODES[mode](q, q, q, cu_seqlens=torch.tensor([0, 5, 8]), cu_seqlens_cpu=torch.tensor([0, 4, 8]))
+
+
+@pytest.mark.parametrize('indices, message', [
+    ((0, 4), 'state_indices must be below the 4 slots of the pool, got 4 at index 1'),
+    ((2, 2), 'state_indices must not name a slot twice, got 2 at index 0 and at index 1'),
+])  # fmt: skip
+@pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'fused_recurrent'])
+def test_wrong_slots(mode, indices, message, path):
+    q, pool = torch.ones(2, 3, 2, 8), torch.ones(4, 2, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        MODES[mode](q, q, q, initial_state=pool, state_indices=torch.tensor(indices))
+    assert (pool == 1).all()
+
+
+@pytest.mark.skipif(not GPU, reason='of the GPU')
+def test_contents_are_checked_on_the_gpu_where_asked(monkeypatch):
+    q, cu_seqlens = torch.ones(1, 8, 2, 8, device='cuda'), torch.tensor([0, 9], device='cuda')
+    for mode in MODES_HERE:
+        MODES[mode](q, q, q, cu_seqlens=cu_seqlens)
+    monkeypatch.setitem(os.environ, 'FLA_SIMPLE_GLA_CHECK', '1')
+    for mode in MODES_HERE:
+        with pytest.raises(ValueError, match='cu_seqlens must not end beyond the 8 tokens, got 9'):
+            MODES[mode](q, q, q, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('name', ['k', 'v', 'g'])
+@pytest.mark.parametrize('mode', MODES)
+def test_nan_stays_in_its_head_and_sequence(mode, name, packed):
+    """It may reach tokens before it, of its chunk; of grouped heads those that share its key."""
+    T = 12 if mode == 'fused_recurrent' and not GPU else 140
+    bounds = (0, T // 3, 2 * T // 3, T)
+    shape = dict(cu_seqlens=bounds) if packed else dict(B=3)
+    case = dataclasses.replace(Case(T, H=4, HK=2, K=16, V=16, **shape).of(mode), initial_state=False, output_final_state=False)
+    inputs = make_inputs(case)
+    tensors = {key: inputs[key] for key in ('q', 'k', 'v', 'g')}
+    options = {'cu_seqlens': torch.tensor(bounds, device=DEVICE)} if packed else {}
+    expected, _ = MODES[mode](**tensors, **options)
+    tensors[name] = tensors[name].clone()
+    row, token = (0, bounds[1] + 3) if packed else (1, 3)
+    tensors[name][row, token, 1] = float('nan')
+    found, _ = MODES[mode](**tensors, **options)
+    touched = torch.zeros_like(found, dtype=torch.bool)
+    tokens = slice(bounds[1], bounds[2]) if packed else slice(None)
+    touched[row, tokens, slice(2, 4) if name == 'k' else slice(1, 2)] = True
+    assert found[touched].isnan().any()
+    assert torch.equal(found[~touched], expected[~touched])
