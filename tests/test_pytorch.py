@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import pickle
 import threading
 from unittest import mock
@@ -364,6 +365,39 @@ class TestOperators:
         torch.library.opcheck(OPERATORS[mode].backward, (*arguments, states, inputs['do'], inputs['dht'], 0.5, False, needs))
         if inputs['dht'] is not None:  # of a state alone, and of some inputs alone
             torch.library.opcheck(OPERATORS[mode].backward, (*arguments, states, None, inputs['dht'], 0.5, False, [True] + [False] * 4))
+
+    @pytest.mark.parametrize('layout', ['contiguous', 'qkv', 'heads_first', 'one gradient for all tokens'])
+    @pytest.mark.parametrize('path', ['kernels', 'CPU path'])
+    @pytest.mark.parametrize('mode', OPERATORS)
+    def test_opcheck_of_gradients_of_some_inputs(self, mode, path, layout, monkeypatch):
+        """Of every subset: those that are not needed are empty, as the fake says."""
+        if path == 'CPU path':
+            monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+        device = 'cpu' if path == 'CPU path' else DEVICE
+        case = Case(4, H=4, HK=2, K=8, V=8, layout=layout if 'one' not in layout else 'contiguous').of(mode)
+        inputs = make_inputs(case, device)
+        do = inputs['do'][:, :1].expand(inputs['do'].shape) if 'one' in layout else inputs['do']
+        tensors = [inputs[name] for name in ('q', 'k', 'v', 'g', 'initial_state')]
+        states = OPERATORS[mode].forward(*tensors, None, 0.5, False, False, '')[2]
+        subsets = [*itertools.product((False, True), repeat=5)]
+        if path == 'kernels' and not GPU:  # the interpreter is slow: those of one input, of all but one, and of all
+            subsets = [needs for needs in subsets if sum(needs) in ((1, 4, 5) if layout == 'contiguous' else (4,))]
+        for needs in subsets:
+            if any(needs) and not (needs[4] and tensors[4] is None):
+                arguments = *tensors, None, states, do, inputs['dht'], 0.5, False, [*needs]
+                torch.library.opcheck(OPERATORS[mode].backward, arguments, test_utils=('test_schema', 'test_faketensor'))
+                for x, need, given in zip(OPERATORS[mode].backward(*arguments), needs, tensors):
+                    assert x.shape == (given.shape if need else (0,))
+
+    @pytest.mark.parametrize('layout', ['contiguous', 'qkv', 'heads_first'])
+    @pytest.mark.parametrize('mode', OPERATORS)
+    def test_gradients_of_eager_calls_lie_as_those_of_the_operators(self, mode, layout):
+        case = Case(33, H=4, HK=2, K=16, V=8, layout=layout).of(mode)
+        inputs = make_inputs(case)
+        results = run(MODES[mode], case, inputs)
+        for name in ('q', 'k', 'v', 'g', 'initial_state'):
+            if inputs[name] is not None:
+                assert results[f'd{name}'].stride() == inputs[name].new_empty(inputs[name].shape).stride(), name
 
     @pytest.mark.parametrize('mode', [mode for mode in OPERATORS if mode in STATEFUL])
     def test_opcheck_in_place(self, mode, cpu_path):
