@@ -280,7 +280,7 @@ def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> 
     """Columns of V, warps and stages of a summary."""
     if is_hopper(device) and dtype.itemsize == 2:
         return HOPPER[max(64, next_power_of_2(max(K, V)))]
-    _, BV, warps, stages = sweep_config(K, V, dtype, device)
+    _, BV, warps, stages, _ = sweep_config(K, V, dtype, device)
     return BV, warps, stages
 
 

@@ -87,8 +87,13 @@ def sweep_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """o and the last state of one head of one sequence, or of one segment of it, in BV columns of V."""
+    """o and the last state of one head of one sequence, or of one segment of it, in BV columns of V.
+
+    The state is a tuple of NK pieces, of BK rows each: the products with q and k are made of one piece after the other, so that the
+    registers hold BK columns of q and k at a time.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
     i_v = tl.program_id(0) % NV
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_s = tl.program_id(0) // (NV * H)
@@ -117,7 +122,6 @@ def sweep_kernel(
     r = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     before = (r[:, None] <= r[None, :]) if REVERSE else (r[:, None] >= r[None, :])
     i_f = first.to(tl.int64)
 
@@ -143,11 +147,14 @@ def sweep_kernel(
         c += (c_slot.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
-        p_s = state_in + (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h
-        p_s += o_k.to(tl.int64)[:, None] * si_k + o_v.to(tl.int64)[None, :] * si_v
-        b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
-    else:
-        b_s = tl.zeros([BK, BV], tl.float32)
+        state_in += (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h
+    b_s = ()
+    for j in tl.static_range(NK):
+        if state_in is not None:
+            p_s = state_in + (j * BK + o_k).to(tl.int64)[:, None] * si_k + o_v.to(tl.int64)[None, :] * si_v
+            b_s = b_s + (tl.load(p_s, mask=(j * BK + o_k < K)[:, None] & (o_v < V)[None, :], other=0.0).to(tl.float32),)
+        else:
+            b_s = b_s + (tl.zeros([BK, BV], tl.float32),)
 
     for i in tl.range(0, NT, num_stages=STAGES):
         i_c = NT - 1 - i if REVERSE else i
@@ -163,14 +170,27 @@ def sweep_kernel(
             if ends_block | (n_c == last - 1):
                 i_a = tl.where(ends_block, a_slot + n_c // (BA // BT), blocks + i_n).to(tl.int64)
                 p_a = anchors + i_a * (H * K * V)
+                for j in tl.static_range(NK):
+                    m_s = (j * BK + o_k < K)[:, None] & (o_v < V)[None, :]
+                    if REVERSE:
+                        product = tl.sum(tl.load(p_a, mask=m_s, other=0.0).to(tl.float32) * b_s[j])
+                        if j == 0:
+                            crossing = product
+                        else:
+                            crossing += product
+                    else:
+                        tl.store(p_a, b_s[j].to(anchors.dtype.element_ty), mask=m_s)
+                    p_a += BK * V
                 if REVERSE:
-                    b_a = tl.load(p_a, mask=m_s, other=0.0).to(tl.float32)
-                    tl.store(s_ds + i_a * H, tl.sum(b_a * b_s))
-                else:
-                    tl.store(p_a, b_s.to(anchors.dtype.element_ty), mask=m_s)
+                    tl.store(s_ds + i_a * H, crossing)
 
-        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION)
+        b_o = tl.dot(b_q, b_s[0].to(b_q.dtype), input_precision=PRECISION)
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        for j in tl.static_range(1, NK):
+            b_q = load_rows(r_q, q_t, L, i_t, j * BK, K, BT, BK, TMA)
+            b_k = load_rows(r_k, k_t, L, i_t, j * BK, K, BT, BK, TMA)
+            b_o = tl.dot(b_q, b_s[j].to(b_q.dtype), b_o, input_precision=PRECISION)
+            b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=PRECISION)
         if c is not None:
             p_c = c + i_c.to(tl.int64) * (H * BT)
             b_c = tl.load(p_c + r)
@@ -193,7 +213,11 @@ def sweep_kernel(
             else:
                 b_o *= (from_start * scale)[:, None]
                 b_d = (b_v * to_end[:, None]).to(b_v.dtype)
-            b_s *= tl.exp2(c_end)
+            c_end = tl.exp2(c_end)
+            decayed = ()
+            for j in tl.static_range(NK):
+                decayed = decayed + (b_s[j] * c_end,)
+            b_s = decayed
         else:
             b_p = tl.where(before, b_p * scale, 0.0)
             if REVERSE:
@@ -211,22 +235,32 @@ def sweep_kernel(
         if x is not None:
             b_x = tl.sum(b_x * b_o, 1)
             tl.store(x_o + o_x + i_t + r, b_x - b_inter if REVERSE else b_x, mask=i_t + r < L)
-        b_s = tl.dot(tl.trans(b_k), b_d, b_s, input_precision=PRECISION)
+        updated = ()
+        for j in tl.static_range(NK):
+            if NK > 1:
+                b_k = load_rows(r_k, k_t, L, i_t, j * BK, K, BT, BK, TMA)
+            updated = updated + (tl.dot(tl.trans(b_k), b_d, b_s[j], input_precision=PRECISION),)
+        b_s = updated
 
     if state_out is not None:
         # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
         if (first == bos if REVERSE else end == eos):
-            p_out = state_out + i_p * so_n + i_h * so_h + o_k.to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
-            tl.store(p_out, b_s, mask=m_s)
+            state_out += i_p * so_n + i_h * so_h
+            for j in tl.static_range(NK):
+                p_out = state_out + (j * BK + o_k).to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
+                tl.store(p_out, b_s[j], mask=(j * BK + o_k < K)[:, None] & (o_v < V)[None, :])
 
 
 class Config(NamedTuple):
-    """How a sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep."""
+    """How a sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep, and pieces of at most
+    BK rows of the state.
+    """
 
     BT: int
     BV: int
     warps: int
     stages: int
+    BK: int = 512
 
 
 # Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
@@ -251,14 +285,22 @@ class Config(NamedTuple):
 # A V tile has rows of 128 bytes there: with shorter ones the wgmma operands of triton 3.6 can be read past the end of the shared
 # memory, and some kernels failed (https://github.com/triton-lang/triton/issues/11366, seen up to triton 3.7.1).
 #
+# Over D 128 the state is in pieces. Bytes of stack to a thread, for the worst of o, dq and dk (triton 3.6), which the driver reserves
+# for as many threads as the GPU can hold, in one piece and in these:
+#   Hopper, bf16 and fp16   D 256   1896 ->  464, pieces of 128       D 512    3400 -> 592
+#   Hopper, fp32            D 256   2632 ->   56, pieces of 64        D 512    5592 -> 184
+#   sm_80, bf16 and fp16                                              D 512    4112 ->   8, pieces of 128
+#   sm_80, fp32             D 256   6704 ->  272, pieces of 64        D 512   11328 -> 512
+# (The times above, of bf16 over D 128, were measured in one piece.)
+#
 # The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of shared memory.
 HOPPER = {
-    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1), 512: Config(64, 64, 8, 1)},
-    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1), 256: Config(16, 32, 4, 1), 512: Config(16, 32, 8, 1)},
+    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1, 128), 512: Config(64, 64, 8, 1, 128)},
+    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1), 256: Config(16, 32, 4, 1, 64), 512: Config(16, 32, 8, 1, 64)},
 }
 OTHERS = {
-    2: {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
-    4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1), 512: Config(16, 16, 8, 1)},
+    2: {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1, 128)},
+    4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1, 64), 512: Config(16, 16, 8, 1, 64)},
 }
 
 
@@ -270,7 +312,7 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Co
     """
     table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
     by_rows, by_both = (table[max(64, next_power_of_2(dim))] for dim in (K, max(K, V)))
-    return by_rows._replace(BT=by_both.BT)
+    return by_rows._replace(BT=by_both.BT, BK=min(by_rows.BK, max(16, next_power_of_2(K))))
 
 
 class Operands(NamedTuple):
@@ -322,7 +364,7 @@ def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
 def launch_sweep(tensors, setting):
     q, k, v, c, state_in, o, state_out, x, *_, cu_seqlens, indices = tensors
     B, T, H, K, V = Operands(q, k, v, c).sizes()
-    BT, BV, warps, stages = sweep_config(K, V, q.dtype, q.device)
+    BT, BV, warps, stages, BK = sweep_config(K, V, q.dtype, q.device)
     scale, segment, BA, reverse, precision = setting
     args = (
         *tensors,
@@ -332,7 +374,7 @@ def launch_sweep(tensors, setting):
     )
     constants = dict(
         H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
-        BT=BT, BK=max(16, next_power_of_2(K)), BV=BV, BA=BA,
+        BT=BT, BK=BK, BV=BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
         TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages, num_warps=warps,
     )

@@ -133,10 +133,18 @@ def products(b_q, r_q, q_t, r_k, k_t, L, i_q, i_k, K: tl.constexpr, BT: tl.const
         b_p = tl.dot(b_q, tl.trans(load_rows(r_k, k_t, L, i_k, 0, K, BT, BK, TMA)), input_precision=P)
     else:
         b_p = tl.zeros([BT, BT], tl.float32)
-        for i in tl.static_range(0, K, BK):
-            b_q = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
-            b_k = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
-            b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=P)
+        if K > 4 * BK:
+            # A loop that is not unrolled: of an unrolled one the rows of q are all kept in registers from tile to tile, which takes 6 KB of
+            # stack to a thread (fp32, D 512, sm_80).
+            for i in tl.range(0, K, BK, num_stages=1):
+                b_qi = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
+                b_ki = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
+                b_p = tl.dot(b_qi, tl.trans(b_ki), b_p, input_precision=P)
+        else:
+            for i in tl.static_range(0, K, BK):
+                b_q = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
+                b_k = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
+                b_p = tl.dot(b_q, tl.trans(b_k), b_p, input_precision=P)
     return b_p
 
 

@@ -1,0 +1,90 @@
+"""What kernels take of a GPU, as compiled for GPUs that are not here: bytes of stack to a thread, and shared memory.
+
+The driver reserves the stack for as many threads as the GPU can hold: at 10 KB that is over a gigabyte.
+
+This file is also what the process runs that compiles, in which triton is not interpreted.
+"""
+
+import concurrent.futures
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STACK = 1024  # bytes
+SHARED = {80: 99 * 1024, 90: 227 * 1024}  # the least of the GPUs that run the code of an architecture; sm_86 has 99 KiB
+
+
+def cuobjdump() -> pathlib.Path | None:
+    triton = pytest.importorskip('triton')
+    found = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+    return found if found.exists() else None
+
+
+def test_stack_and_shared_memory():
+    """Of the entries of the tables whose states and rows are the longest."""
+    if cuobjdump() is None:
+        pytest.skip('triton comes without cuobjdump')
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    environment |= {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'TRITON_DEFAULT_FP_FUSION': '1'}
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=600, env=environment)
+    rows = [row.split('|') for row in result.stdout.splitlines()]
+    assert len(rows) == len(entries()) and result.returncode == 0, result.stdout + result.stderr
+    for name, arch, stack, shared in rows:
+        assert int(stack) <= STACK and int(shared) <= SHARED[int(arch)], (name, stack, shared)
+
+
+def entries() -> list[tuple]:
+    """Kernel, architecture, bytes of a number, dim, and whether back in time with what dg needs."""
+    sweeps = itertools.product(['sweep'], (80, 90), (4, 2), (256, 512), (False, True))
+    attention = itertools.product(['attention'], (80, 90), (4,), (512,), (False, True))
+    return [*(entry for entry in sweeps if entry[2:4] != (2, 256) or entry[1] == 90), *attention]
+
+
+def compile_entry(entry: tuple) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fla_simple_gla import fused_chunk, parallel
+
+    kernel_name, arch, size, D, gradient = entry
+    module = fused_chunk if kernel_name == 'sweep' else parallel
+    config = (module.HOPPER if arch == 90 else module.OTHERS)[size][D]
+    kernel = module.sweep_kernel if kernel_name == 'sweep' else module.attention_kernel
+    number = '*fp32' if size == 4 else '*bf16'
+    types = {name: number for name in ('q', 'k', 'v', 'o')} | {name: '*fp32' for name in ('c', 'state_in', 'state_out')}
+    types |= {'sums': '*fp64', 'scale': 'fp32'}
+    types |= {name: 'i32' for name in ('N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'slots', 'NB')}
+    if gradient:
+        types |= {'x': number, 'anchors': number} | {name: '*fp32' for name in ('x_o', 'x_inter', 's_ds')}
+    constants = dict(
+        H=4, GQ=1, GV=1, K=D, V=D, BT=config.BT, BK=min(config.BK, D), BV=config.BV, BA=256, BI=64, REVERSE=gradient, SEGMENTS=False,
+        TWO_PARTS=size == 4, TMA=arch == 90, PRECISION='tf32x3' if size == 4 else None, STAGES=config.stages,
+    )
+    signature = {}
+    for name in kernel.arg_names:
+        signature[name] = 'i32' if re.fullmatch(r'[qkvx]_[bth]|s[io]_[nhkv]', name) else types.get(name, 'constexpr')
+    constants = {name: constants.get(name) for name, kind in signature.items() if kind == 'constexpr'}
+    aligned = {(i,): [['tt.divisibility', 16]] for i, kind in enumerate(signature.values()) if kind[0] == '*'}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(num_warps=config.warps))
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        log = subprocess.run([cuobjdump(), '--dump-resource-usage', file.name], capture_output=True, text=True)
+    stack = re.search(r'STACK:(\d+)', log.stdout)
+    assert stack is not None, log.stdout + log.stderr
+    return f'{entry}|{arch}|{stack[1]}|{compiled.metadata.shared}'
+
+
+if __name__ == '__main__':
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for line in pool.map(compile_entry, entries()):
+            print(line)
