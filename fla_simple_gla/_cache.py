@@ -39,7 +39,7 @@ class Cache:
                 self.old, self.young = self.young, {}
         return value
 
-    def put(self, key: Hashable, value: Any) -> None:
+    def __setitem__(self, key: Hashable, value: Any) -> None:
         with self.lock:
             for kept in (self.young, self.old):
                 if key in kept:

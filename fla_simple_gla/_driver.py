@@ -5,15 +5,17 @@ follows from the signature that triton compiled: what is not constant, in order;
 strides; and at last the addresses of two scratches. Their sizes are compared with those that the kernel's PTX declares, and where these
 differ, or a launch asks for more than is known here, triton launches the kernel (`Variant.is_understood`).
 
-Memory: a launch has some 2 KB, and of each of its descriptors the encoded ones of the last `MAX_ADDRESSES` addresses, 200 bytes each.
+Memory: a launch has some 2 KB, and of each of its descriptors the encoded ones of the last `MAX_ADDRESSES` addresses, 400 bytes each.
 """
 
 import ctypes
 import functools
 import math
+import operator
 import re
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ import torch
 from ._private import private
 from ._triton import switched_off, warn_once, why_not
 
-MAX_ADDRESSES = 16
+MAX_ADDRESSES = 64
 TENSOR_MAP = 128  # bytes of an encoded descriptor, which lies at a multiple of 64
 # The numbers among the parameters, by the types of triton's signatures.
 NUMBERS = {'i1': 'b', 'i8': 'b', 'i16': 'h', 'i32': 'i', 'i64': 'q', 'u1': 'B', 'u8': 'B', 'u16': 'H', 'u32': 'I', 'u64': 'Q', 'fp32': 'f'}
@@ -31,6 +33,7 @@ L2_PROMOTION_128 = 2
 MAP_MEMORY = ctypes.c_char * (TENSOR_MAP + 63)
 # CUlaunchConfig: grid, block, bytes of shared memory; stream; attributes, of which there are none
 LAUNCH_CONFIG = struct.Struct('<7I4xQQI4x')
+STREAM_OFFSET = 32
 
 
 class Tiles(NamedTuple):
@@ -185,7 +188,8 @@ class Variant:
         self.write_pointers = struct.Struct(f'<{len(self.pointers)}Q').pack_into
         self.first_pointer = self.pointers[0].offset if self.pointers else 0
         self.pack = struct.Struct('<' + ''.join(self.padded_formats())).pack
-        self.write_config, self.call = LAUNCH_CONFIG.pack_into, cuda_driver().launch
+        self.write_stream, self.call = struct.Struct('<Q').pack_into, cuda_driver().launch
+        self.filled_for = None  # the launch whose numbers are in the memory
         self.lock = threading.Lock()  # of the memory: the driver reads it while other threads run
 
     def add(self, format: str, alignment: int, argument: int | None = None) -> Field:
@@ -200,6 +204,12 @@ class Variant:
             yield f'{field.offset - end}x{field.format}'
             end = field.offset + struct.calcsize(field.format)
 
+    def fill(self, launch: 'Launch') -> None:
+        """Put a launch into the memory, but for addresses and the stream."""
+        self.view[:] = launch.image
+        LAUNCH_CONFIG.pack_into(self.config, 0, *launch.grid, self.threads, 1, 1, self.shared, 0, 0, 0)
+        self.filled_for = launch
+
     def image(self, args: tuple) -> bytes:
         """The memory of a launch with these arguments, its addresses left zero."""
         values = []
@@ -213,6 +223,11 @@ class Variant:
         return self.pack(*values, 0, 0)
 
 
+def picker(numbers: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """A function that picks the items of these numbers."""
+    return operator.itemgetter(*numbers) if len(numbers) > 1 else lambda items: tuple([items[i] for i in numbers])
+
+
 class Launch(NamedTuple):
     """A launch of which only the addresses are open."""
 
@@ -220,6 +235,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     image: bytes  # of the parameters, the addresses left zero
     pointers: tuple[int, ...]  # whose addresses the kernel takes, by their number among the tensors
+    pick: Callable  # those addresses, from all
     maps: tuple[tuple[int, int, 'TensorMaps'], ...]  # which parameters are descriptors, of which tensor, and how they are encoded
 
     @classmethod
@@ -228,28 +244,30 @@ class Launch(NamedTuple):
         maps = [
             (variant.places[field.offset], field.argument, TensorMaps(args[field.argument], box)) for field, box in variant.tiles
         ]
-        return cls(variant, grid, variant.image(args), tuple(field.argument for field in variant.pointers), tuple(maps))
+        pointers = tuple(field.argument for field in variant.pointers)
+        return cls(variant, grid, variant.image(args), pointers, picker(pointers), tuple(maps))
 
     def renumbered(self, numbers: list[int | None]) -> 'Launch':
         """The same launch where tensor i of these is number `numbers[i]` of others."""
         maps = ((place, numbers[i], maps) for place, i, maps in self.maps)
-        return self._replace(pointers=tuple(numbers[i] for i in self.pointers), maps=tuple(maps))
+        pointers = tuple(numbers[i] for i in self.pointers)
+        return self._replace(pointers=pointers, pick=picker(pointers), maps=tuple(maps))
 
     def start(self, addresses: list[int | None], like: torch.Tensor, stream: int) -> None:
         """Launch on this stream; memory that the kernel needs is allocated as like's is."""
-        variant, grid, image, pointers, maps = self
+        variant, grid, _, _, pick, maps = self
         if variant.scratch:
             scratch = like.new_empty(variant.scratch * math.prod(grid), dtype=torch.int8)
         with variant.lock:
-            view = variant.view
-            view[:] = image
-            variant.write_pointers(view, variant.first_pointer, *[addresses[i] for i in pointers])
+            if variant.filled_for is not self:
+                variant.fill(self)
+            variant.write_pointers(variant.view, variant.first_pointer, *pick(addresses))
             for place, i, encoded in maps:
                 address = addresses[i]
                 variant.parameters[place] = encoded.places.get(address) or encoded.encode(address)
             if variant.scratch:
-                struct.pack_into('<Q', view, variant.scratch_offset, scratch.data_ptr())
-            variant.write_config(variant.config, 0, *grid, variant.threads, 1, 1, variant.shared, stream, 0, 0)
+                struct.pack_into('<Q', variant.view, variant.scratch_offset, scratch.data_ptr())
+            variant.write_stream(variant.config, STREAM_OFFSET, stream)
             error = variant.call(*variant.arguments)
         if error:
             check_error(error, f'the launch of {variant.name}')

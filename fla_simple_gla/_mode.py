@@ -9,7 +9,7 @@ from ._layout import rows_in_place, sum_heads, transposed
 from ._operators import Operators, check_contents, final_state_like, refuse_tangents
 from ._plans import PLAIN, Gradients, Inputs, Plan, needs_operator, plan_for
 from ._pool import in_pool
-from ._private import apply_without_transforms, dispatch_modes_are_active, transforms_are_active
+from ._private import apply_without_transforms, dispatch_modes_are_active, none_is_active, transforms_are_active
 from ._triton import runs_kernels
 from ._validation import Call, check_no_gradients, under_autocast
 
@@ -18,8 +18,8 @@ class Mode:
     """One mode, called as `mode(Call(...))`: o, and the second result or None.
 
     - `forward(inputs, plan)` returns `Results`. With `inputs.state_indices` the initial state is a pool, which gets the final states.
-    - `backward(inputs, results, do, dht, needs, plan)` returns `Gradients`, those of q and k for each head of v, from what of the
-      forward's results is left: the states and the gates, or None.
+    - `backward(inputs, kept, given, needs, plan)` returns the gradients in the order of `Gradients`, those of q and k for each head of v,
+      from the states and the gates that the forward kept, or None, and from the gradients of the two results.
     - `naive(inputs, options)` returns o and the second result, for the CPU.
     - `second_like(inputs)` is a tensor like the second result, and `count_states(inputs)` the number of the states that the forward leaves,
       or None where it takes more than symbols to tell: for traces. The second result is differentiable if it is the final state.
@@ -46,13 +46,14 @@ class Mode:
         writes = call.state_indices is not None or call.intermediate_states_buffer is not None
         if writes:
             check_no_gradients(call)
-        if (call.cu_seqlens is not None or call.state_indices is not None) and path != 'operators':
-            check_contents(Inputs(*call[:4], call.initial_state, call.cu_seqlens, call.state_indices), call.cu_seqlens_cpu)
+        v_first = bool(call.state_v_first)
         g = call.g if call.g_gamma is None else call.g_gamma.expand(call.v.shape[:3])
+        state = call.initial_state if writes or not v_first else transposed(call.initial_state)
+        inputs = Inputs(call.q, call.k, call.v, g, state, call.cu_seqlens, call.state_indices, call.intermediate_states_buffer)
+        if (call.cu_seqlens is not None or call.state_indices is not None) and path != 'operators':
+            check_contents(inputs, call.cu_seqlens_cpu)
         if writes:
-            return self.write(call, g, plan, path)
-        v_first = call.state_v_first
-        inputs = Inputs(call.q, call.k, call.v, g, transposed(call.initial_state, v_first), call.cu_seqlens)
+            return self.write(inputs, v_first, plan, path)
         if path == 'kernels':
             apply = self.apply_without_transforms if plan.cached else self.function.apply
             o, second = apply(self, plan, *inputs[:6])
@@ -60,24 +61,22 @@ class Mode:
             o, second = self.operators(inputs, plan.options)
         else:
             o, second = self.naive(inputs, plan.options)
-        return o, transposed(second, v_first)
+        return o, transposed(second) if v_first else second
 
-    def write(self, call: Call, g: torch.Tensor | None, plan: Plan, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A call that writes states in place."""
-        state, indices, v_first = call.initial_state, call.state_indices, bool(call.state_v_first)
-        inputs = Inputs(call.q, call.k, call.v, g, state, call.cu_seqlens, indices, call.intermediate_states_buffer)
+    def write(self, inputs: Inputs, v_first: bool, plan: Plan, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A call that writes states in place, to a pool and a buffer as they are given."""
         o, second = (self.operators.write if path == 'operators' else self.run_in_place)(inputs, v_first, plan)
-        if indices is not None:
-            return o, state
+        if inputs.state_indices is not None:
+            return o, inputs.initial_state
         return o, transposed(second, v_first) if plan.options.output else None
 
     def run_in_place(self, inputs: Inputs, v_first: bool, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """o, and the final state or None, which is that of `[N, H, K, V]`; with indices the pool gets the final states."""
-        pool, buffer = transposed(inputs.initial_state, v_first), transposed(inputs.states, v_first)
-        inputs = inputs._replace(initial_state=pool, states=buffer)
-        indices = inputs.state_indices
+        if v_first:
+            inputs = inputs._replace(initial_state=transposed(inputs.initial_state), states=transposed(inputs.states))
+        pool, indices, buffer = inputs.initial_state, inputs.state_indices, inputs.states
         if runs_kernels(inputs.q):
-            results = self.forward(inputs.with_rows_in_place(), plan)
+            results = self.forward(inputs if plan.reads_in_place else inputs.with_rows_in_place(), plan)
             for written in (None if indices is None else pool, buffer):
                 if written is not None:
                     torch.autograd.graph.increment_version(written)
@@ -97,8 +96,8 @@ class Mode:
         do, dsecond = given
         do = torch.zeros_like(inputs.v) if do is None else rows_in_place(do)
         found = self.backward(inputs, kept, (do, dsecond), needs, plan)
-        found = Gradients(*(x if need else None for x, need in zip(found, needs)))
-        return found._replace(q=sum_heads(found.q, inputs.q), k=sum_heads(found.k, inputs.k))
+        dq, dk, *others = [x if need else None for x, need in zip(found, needs)]
+        return Gradients(sum_heads(dq, inputs.q), sum_heads(dk, inputs.k), *others)
 
 
 class ModeFunction(torch.autograd.Function):
@@ -106,7 +105,9 @@ class ModeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mode: Mode, plan: Plan, *tensors):
-        inputs = Inputs(*tensors).with_rows_in_place()
+        inputs = Inputs(*tensors)
+        if not plan.reads_in_place:
+            inputs = inputs.with_rows_in_place()
         o, second, states, gates = mode.forward(inputs, plan)
         ctx.save_for_backward(*inputs[:6], states)
         ctx.mode, ctx.plan, ctx.gates = mode, plan, gates
@@ -128,8 +129,11 @@ class ModeFunction(torch.autograd.Function):
 
 def dispatch_path(plan: Plan, call: Call) -> str:
     """By what a call is computed: 'operators', 'kernels' or, on the CPU, 'naive'."""
-    if not plan.needs_operator and not runs_kernels(call.q):
-        return 'naive'
+    if not plan.needs_operator:
+        if not runs_kernels(call.q):
+            return 'naive'
+        if none_is_active():
+            return 'kernels'
     refuse_tangents(call.optional_tensors())
     if plan.needs_operator:
         return 'operators'
@@ -148,4 +152,7 @@ def backward_needs_operator(*gradients: torch.Tensor | None) -> bool:
     refuse_tangents(gradients)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
-    return any(x is not None and (type(x) not in PLAIN or needs_operator(x)) for x in gradients)
+    for x in gradients:
+        if x is not None and (type(x) not in PLAIN or needs_operator(x)):
+            return True
+    return False

@@ -10,6 +10,7 @@ tensors of states a forward leaves for its backward may be no formula of the len
 new one. The second result is the final state or, of `parallel`, the attention map.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -46,11 +47,16 @@ def refuse_tangents(tensors: Iterable[torch.Tensor | None]) -> None:
         raise NotImplementedError('the kernels have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)')
 
 
+@functools.cache
+def checks_on_gpu() -> bool:
+    return os.environ.get('FLA_SIMPLE_GLA_CHECK') == '1'
+
+
 def check_contents(inputs: Inputs, cu_seqlens_cpu: torch.Tensor | None = None) -> None:
     """Check what boundaries and indices contain, where that takes no waiting for a GPU, or where the environment asks for it."""
     if inputs.cu_seqlens is None and inputs.state_indices is None:
         return
-    if inputs.q.device.type == 'cpu' or os.environ.get('FLA_SIMPLE_GLA_CHECK') == '1':
+    if inputs.q.is_cpu or checks_on_gpu():
         slots = None if inputs.state_indices is None else inputs.initial_state.shape[0]
         _validation.check_contents(inputs.cu_seqlens, cu_seqlens_cpu, inputs.state_indices, inputs.q.shape[1], slots)
 

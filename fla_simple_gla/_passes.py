@@ -7,7 +7,8 @@ and what it does is recorded. Later ones replay the record: they allocate, put i
 A record holds allocations and launches, and nothing else that a pass might do with its tensors. So nothing else is let through while one
 is made: it is an error (`AllocationsAndViews`).
 
-Memory: a record has some 3 KB beside its launches, and at most 2,048 are kept (`_cache.py`).
+Memory: a record has some 3 KB beside its launches. At most 1,024 are kept of passes without a plan (`_cache.py`), and one of each pass
+for a plan.
 """
 
 import functools
@@ -19,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._cache import Cache
-from ._driver import Launch, why_not_direct
+from ._driver import Launch, picker, why_not_direct
 from ._private import current_stream, launches_are_observed
 
 # Triton's interpreter replaces functions of `triton.language` while a kernel runs: one thread at a time.
@@ -48,13 +49,14 @@ thread = Thread()
 SMALL = 2**24
 # What addresses are multiples of, of tensors that share an allocation: more than any load or descriptor asks for
 ALIGNMENT = 256
-# By the pass, its numbers and the layouts of its tensors: SEEN, a record, or UNKNOWN where there can be none.
+# Of passes without a plan, by their numbers and the layouts of their tensors: SEEN, a record, or UNKNOWN where there can be none. Plans
+# have those of theirs.
 records = Cache(1024)
 SEEN, UNKNOWN = 'seen', 'unknown'
 
 
 def device_pass(run: Callable) -> Callable:
-    """Decorates a pass, `run(tensors, *numbers)`, which is then called so, or with the key of a plan that knows the layouts of the tensors.
+    """Decorates a pass, `run(tensors, *numbers)`, which is then called so, or with a plan from which the numbers and layouts follow.
 
     It runs on the device of the first tensor, which is not None, and returns a tuple of tensors that it was given or allocated, and None.
     All it does with tensors is to allocate them with `empty` and `zeros`, to take views, and to launch. How it does so depends on nothing
@@ -76,22 +78,26 @@ def device_pass(run: Callable) -> Callable:
                 return call(tensors, *numbers, plan=plan)
         if device not in thread.devices:
             enter_context(x)
-        direct = why_not_direct() is None and not launches_are_observed()
-        key = record = None
-        if direct:
-            key = (run, device, numbers, layouts(tensors)) if plan is None or not plan.cached else (run, device, numbers, plan)
-            record = records.get(key)
-            if type(record) is Record:
-                return record.replay(tensors, device)
+        if why_not_direct() is not None or launches_are_observed():
+            return run_pass(Pass(run, (tensors, *numbers), device, direct=False))
+        if plan is not None and plan.cached:
+            kept, key = plan.records, run
+        else:
+            kept, key = records, (run, device, numbers, layouts(tensors))
+        record = kept.get(key)
+        if type(record) is Record:
+            return record.replay(tensors, device)
+        this = Pass(run, (tensors, *numbers), device, direct=True)
+        if record is SEEN:
+            record = Record(tensors)
+            results = run_pass(this._replace(record=record))
+            kept[key] = record if record.finish(results) else UNKNOWN
+            return results
         try:
-            if record is SEEN:
-                return make_record(key, Pass(run, (tensors, *numbers), device, direct))
-            thread.running = Pass(run, (tensors, *numbers), device, direct)
-            return run(tensors, *numbers)
+            return run_pass(this)
         finally:
-            thread.running = None
-            if direct and record is None:
-                records.put(key, SEEN)
+            if record is None:
+                kept[key] = SEEN
 
     return call
 
@@ -119,8 +125,10 @@ def layouts(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
 
 def shared(addresses: list[int | None]) -> tuple | None:
     """Which of the addresses are the same, if any are: records tell tensors by their addresses."""
-    given = [address for address in addresses if address is not None]
-    return None if len({*given}) == len(given) else tuple([addresses.index(address) for address in addresses])
+    nones = addresses.count(None)
+    if len({*addresses}) == len(addresses) - nones + bool(nones):
+        return None
+    return tuple([addresses.index(address) for address in addresses])
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -146,15 +154,21 @@ class Allocation(NamedTuple):
     """A tensor that a pass allocates: by which method of a tensor, and like which of those that it was given, if any."""
 
     how: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # no torch.Size, which takes longer to read
+    strides: tuple[int, ...]
     dtype: torch.dtype
     size: int  # bytes
     twin: int | None
 
-    def make(self, tensors: list[torch.Tensor | None]) -> torch.Tensor:
-        if self.twin is not None:
-            return torch.empty_like(tensors[self.twin])  # takes a third of the time
-        return getattr(tensors[0], self.how)(self.shape, dtype=self.dtype)
+    def maker(self) -> Callable:
+        """A function that allocates it, from the tensors so far."""
+        how, shape, strides, dtype, _, twin = self
+        if how == 'new_zeros':
+            return lambda tensors: tensors[0].new_zeros(shape, dtype=dtype)
+        if twin is not None:
+            return lambda tensors: torch.empty_like(tensors[twin])
+        # a twin takes half the time of `new_empty`, and strides three quarters
+        return lambda tensors: tensors[0].new_empty_strided(shape, strides, dtype=dtype)
 
 
 class Step(NamedTuple):
@@ -162,7 +176,7 @@ class Step(NamedTuple):
 
     launch: Launch | None
     number: int | None = None
-    allocation: Allocation | None = None
+    make: Callable | None = None
 
 
 class Record:
@@ -187,8 +201,8 @@ class Record:
         number = self.given + len(self.allocations)
         self.by_address[x.data_ptr()] = self.by_identity[id(x)] = number
         twin = self.twins.get((x.dtype, x.shape)) if how == 'new_empty' else None
-        self.allocations.append(Allocation(how, x.shape, x.dtype, x.nbytes, twin))
-        self.steps.append(Step(None, number, self.allocations[-1]))
+        self.allocations.append(Allocation(how, tuple(x.shape), x.stride(), x.dtype, x.nbytes, twin))
+        self.steps.append(Step(None, number, self.allocations[-1].maker()))
 
     def launched(self, launch: Launch | None, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """A launch of these tensors, None if it was not the driver's."""
@@ -198,9 +212,12 @@ class Record:
         else:
             self.steps.append(Step(launch.renumbered(numbers)))
 
-    def finish(self, results: tuple[torch.Tensor | None, ...]) -> None:
-        self.results = [None if x is None else self.by_identity.get(id(x)) for x in results]
-        self.is_complete &= all(x is None or i is not None for x, i in zip(results, self.results))
+    def finish(self, results: tuple[torch.Tensor | None, ...]) -> bool:
+        """Whether all of the pass is known, so that it can be replayed."""
+        self.nones = [None] * (len(self.allocations) + 1)  # places of tensors to come, and the None of the results
+        self.results = [-1 if x is None else self.by_identity.get(id(x)) for x in results]
+        self.is_complete &= None not in self.results
+        self.pick = picker(self.results)
         # Small ones that are not among the results share an allocation, at these offsets.
         self.offsets = [None] * len(self.allocations)
         self.shared = 0
@@ -220,37 +237,41 @@ class Record:
                 steps.append(step)
         self.steps = steps[::-1]
         del self.by_address, self.by_identity, self.allocations, self.twins
+        return self.is_complete
 
     def replay(self, tensors: tuple[torch.Tensor | None, ...], device: int) -> tuple[torch.Tensor | None, ...]:
-        like, stream, start = tensors[0], current_stream(device), 0
+        like, stream = tensors[0], current_stream(device)
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
         if self.shared:
             # the largest integer, with which PyTorch can be told to fill it, is NaN in every floating dtype
-            memory = like.new_empty(self.shared // 4, dtype=torch.int32)
+            memory = like.new_empty_strided((self.shared // 4,), (1,), dtype=torch.int32)
             start = memory.data_ptr()
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
-        addresses += [None if offset is None else start + offset for offset in self.offsets]
-        tensors = [*tensors, *[None] * len(self.offsets)]
-        for launch, number, allocation in self.steps:
+            addresses += [None if offset is None else start + offset for offset in self.offsets]
+        else:
+            addresses += self.offsets
+        tensors = [*tensors, *self.nones]
+        for launch, number, make in self.steps:
             if launch is not None:
                 launch.start(addresses, like, stream)
-            elif allocation is None:
+            elif make is None:
                 tensors[number] = None
             else:
                 # by no name of its own, which would keep it from being freed
-                tensors[number] = allocation.make(tensors)
+                tensors[number] = make(tensors)
                 addresses[number] = tensors[number].data_ptr()
-        return tuple([None if i is None else tensors[i] for i in self.results])
+        return self.pick(tensors)
 
 
-def make_record(key: tuple, this: Pass) -> tuple[torch.Tensor | None, ...]:
-    """Run a pass, and record what it does."""
-    record = Record(this.arguments[0])
-    thread.running = this._replace(record=record)
-    with AllocationsAndViews():
-        results = this.run(*this.arguments)
-    record.finish(results)
-    records.put(key, record if record.is_complete else UNKNOWN)
-    return results
+def run_pass(this: Pass) -> tuple[torch.Tensor | None, ...]:
+    """Run a pass, and record what it does if it has a record."""
+    thread.running = this
+    try:
+        if this.record is None:
+            return this.run(*this.arguments)
+        with AllocationsAndViews():
+            return this.run(*this.arguments)
+    finally:
+        thread.running = None
 
 
 def dry_run(this: Pass) -> list:

@@ -16,10 +16,11 @@ from ._layout import rows_in_place
 from ._passes import shared
 from ._private import is_zero_tensor
 from ._triton import runs_kernels
-from ._validation import Call, check_call
+from ._validation import TENSORS, Call, check_call
 
 # What PyTorch hands out for memory of its own. Others may have none, though they tell an address: they are checked at every call.
-PLAIN = {torch.Tensor, torch.nn.Parameter}
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 class Inputs(NamedTuple):
@@ -36,10 +37,9 @@ class Inputs(NamedTuple):
 
     def with_rows_in_place(self) -> 'Inputs':
         """These, with copies of q, k and v where kernels cannot read them as they lie."""
-        q, k, v, *others = self
-        if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        if self.q.stride(-1) == self.k.stride(-1) == self.v.stride(-1) == 1:
             return self
-        return Inputs(*map(rows_in_place, (q, k, v)), *others)
+        return Inputs(*map(rows_in_place, self[:3]), *self[3:])
 
 
 class Gradients(NamedTuple):
@@ -75,8 +75,10 @@ class Plan:
     def __init__(self, options: Options, needs_operator: bool = False):
         self.options = options
         self.needs_operator = needs_operator  # such tensors are for the operators (`_operators.py`)
+        self.reads_in_place = False  # kernels read q, k and v as they lie
         self.cached = False  # for later calls, all of whose tensors are plain ones
         self.choices = {}
+        self.records = {}  # of the passes that are called with it (`_passes.py`)
 
     def once(self, choose: Callable, *args):
         """What `choose(*args)` returned the first time, which depends on nothing but the layouts."""
@@ -91,8 +93,13 @@ plans = Cache(1024)
 def plan_for(call: Call) -> Plan:
     """The plan of a call, whose arguments are checked if they are the first ones of their kind, or have no memory of their own."""
     compiling = torch.compiler.is_compiling()
-    key = None if compiling else plan_key(call)
-    plan = None if key is None else plans.get(key)
+    key = plan = None
+    if not compiling:
+        try:
+            key = plan_key(call)
+            plan = None if key is None else plans.get(key)
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+            key = None  # something else than a tensor or a number, or without strides
     if plan is None:
         options = Options(
             scale=check_call(call), output=bool(call.output_final_state or call.output_attentions), reverse=bool(call.reverse),
@@ -101,35 +108,25 @@ def plan_for(call: Call) -> Plan:
         plan = Plan(options, compiling or any(map(needs_operator, call.tensors())))
         if key is not None:
             plan.cached = True
-            plans.put(key, plan)
+            plan.reads_in_place = all(x.stride(-1) == 1 for x in (call.q, call.k, call.v))
+            plans[key] = plan
     return plan
 
 
 def plan_key(call: Call) -> tuple | None:
-    """The options, and the types and layouts of all tensors; None if there is no telling."""
-    options, addresses = call.options(), []
-    # the types, too: 1 + 0j equals 1.0, but is no scale
-    key = [*options, *map(type, options)]
-    try:
-        for x in call.optional_tensors():
-            if x is None:
-                key.append(None)
-                continue
-            if type(x) not in PLAIN:
-                return None
-            address = x.data_ptr()
-            if not address and x.numel():
-                return None
-            addresses.append(address)
-            key += x.dtype, x.shape, x.stride(), x.device, x.is_neg(), address % 16
-        key.append(shared(addresses))
-        if call.q.dtype is torch.float32:
-            key.append(fp32_precision(torch.float32))
-        key = tuple(key)
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # something else than a tensor or a number, or without strides
+    """The options, and the types and layouts of all tensors; None where a tensor may have no memory of its own."""
+    tensors, options = call[:TENSORS], call[TENSORS:]
+    if not PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return None
-    return key
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    if 0 in addresses and any(address == 0 and x.numel() for x, address in zip(tensors, addresses)):
+        return None
+    found = [
+        None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.is_neg(), address % 16) for x, address in zip(tensors, addresses)
+    ]
+    precision = fp32_precision(torch.float32) if call.q.dtype is torch.float32 else None
+    # the types of the options, too: 1 + 0j equals 1.0, but is no scale
+    return options, tuple(map(type, options)), tuple(found), shared(addresses), precision
 
 
 def needs_operator(x: torch.Tensor) -> bool:

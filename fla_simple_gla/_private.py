@@ -65,6 +65,15 @@ def dispatch_modes_are_active() -> bool:
     return ask is not None and ask() > 0
 
 
+def none_is_active() -> bool:
+    """Whether there is no forward-mode differentiation, no transform and no dispatch mode: nothing of these needs a look."""
+    transforms, modes = private('torch._C._are_functorch_transforms_active'), private('torch._C._len_torch_dispatch_stack')
+    try:
+        return forward_ad._current_level < 0 and not transforms() and not modes()
+    except (AttributeError, TypeError):  # a version that lacks one of them
+        return False
+
+
 def is_zero_tensor(x: torch.Tensor) -> bool:
     """Whether x stands for zeros without memory, as PyTorch makes them for gradients."""
     ask = getattr(x, '_is_zerotensor', None)

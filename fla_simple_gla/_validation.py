@@ -1,8 +1,8 @@
-"""What every mode asks of its arguments, checked on the host from types, shapes and devices alone: nothing synchronises."""
+"""What every mode asks of its arguments, checked on the host: of types, shapes and devices, which never synchronises, and of contents."""
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,25 +20,25 @@ class Call(NamedTuple):
     g_gamma: torch.Tensor | None = None
     initial_state: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
-    cu_seqlens_cpu: torch.Tensor | None = None
     state_indices: torch.Tensor | None = None
     intermediate_states_buffer: torch.Tensor | None = None
+    cu_seqlens_cpu: torch.Tensor | None = None
     scale: float | None = None
     output_final_state: bool = False
-    output_attentions: bool = False
     state_v_first: bool = False
     reverse: bool = False
     chunk_size: int | None = None
+    output_attentions: bool = False
 
     def optional_tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self[:10]
+        return self[:TENSORS]
 
     def tensors(self) -> list[torch.Tensor]:
         """Those that are given."""
-        return [x for x in self[:10] if x is not None]
+        return [x for x in self[:TENSORS] if x is not None]
 
-    def options(self) -> tuple[Any, ...]:
-        return self[10:]
+
+TENSORS = Call._fields.index('scale')  # how many of the arguments are tensors, which are the first
 
 
 def check_call(call: Call) -> float:
@@ -160,8 +160,8 @@ def _check_scale(scale: float | None, K: int) -> float:
 def check_no_gradients(call: Call) -> None:
     """What is written in place keeps no history: raise a `ValueError` if a gradient would be asked for."""
     if torch.is_grad_enabled():
-        for name, x in zip(Call._fields, call):
-            if isinstance(x, torch.Tensor) and x.requires_grad:
+        for name, x in zip(Call._fields, call.optional_tensors()):
+            if x is not None and x.requires_grad:
                 raise ValueError(
                     f'{name} must not need gradients with state_indices or intermediate_states_buffer, which are for inference: call '
                     'under torch.no_grad()'
@@ -170,7 +170,9 @@ def check_no_gradients(call: Call) -> None:
 
 def under_autocast(call: Call) -> Call:
     """The call with q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
-    device = call.q.device.type if isinstance(call.q, torch.Tensor) else 'cpu'
+    if not isinstance(call.q, torch.Tensor):
+        return call
+    device = 'cuda' if call.q.is_cuda else call.q.device.type
     if device == 'meta' or not torch.is_autocast_enabled(device):
         return call
     dtype = torch.get_autocast_dtype(device)

@@ -377,18 +377,24 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     return segment_tokens(B, T, H, K, V, q.dtype, q.device, hopper_module(K, V, q.dtype, q.device) is not None, sequences)
 
 
+def choices(inputs: Inputs):
+    """The module of the sweeps for Hopper if they take these inputs, and the tokens to a segment."""
+    return hopper_for(*inputs[:3]), tokens_to_a_segment(inputs)
+
+
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    hopper, segment = plan.once(hopper_for, *inputs[:3]), plan.once(tokens_to_a_segment, inputs)
+    hopper, segment = plan.once(choices, inputs)
     o, final_state, state, c = forward_pass(inputs, plan.options, hopper, segment, plan=plan)
     return Results(o, final_state, None if segment is None else state, c)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
     (state, c), (do, dht) = kept, given
-    setting = Setting(plan.options.scale, plan.once(tokens_to_a_segment, inputs), precision=plan.options.precision)
-    if setting.segment is None:
+    _, segment = plan.once(choices, inputs)
+    setting = Setting(plan.options.scale, segment, precision=plan.options.precision)
+    if segment is None:
         state = inputs.initial_state
-    return Gradients(*backward_pass((*inputs, state, c, as_sweeps_read(do, inputs, plan), dht), needs, setting))
+    return backward_pass((*inputs, state, c, as_sweeps_read(do, inputs, plan), dht), needs, setting)
 
 
 def count_states(inputs: Inputs) -> int | None:
@@ -479,6 +485,6 @@ def chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, cu_seqlens_cpu, scale=scale, output_final_state=output_final_state,
-        state_v_first=state_v_first, chunk_size=chunk_size, state_indices=state_indices,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, cu_seqlens_cpu, scale, output_final_state, state_v_first,
+        chunk_size=chunk_size,
     ))  # fmt: skip

@@ -546,7 +546,7 @@ def forward(inputs: Inputs, plan: Plan) -> Results:
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
     (_, c), (do, dht) = kept, given
-    return Gradients(*backward_pass((*inputs, c, as_sweeps_read(do, inputs, plan), dht), needs, plan.options))
+    return backward_pass((*inputs, c, as_sweeps_read(do, inputs, plan), dht), needs, plan.options)
 
 
 def naive(inputs: Inputs, options: Options):
@@ -626,6 +626,5 @@ def fused_chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, scale=scale, output_final_state=output_final_state, state_v_first=state_v_first,
-        state_indices=state_indices,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, None, scale, output_final_state, state_v_first,
     ))  # fmt: skip

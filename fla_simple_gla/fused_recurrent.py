@@ -443,6 +443,6 @@ def fused_recurrent_simple_gla(
             warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, scale=scale, output_final_state=output_final_state, state_v_first=state_v_first,
-        reverse=reverse, state_indices=state_indices, intermediate_states_buffer=intermediate_states_buffer,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, intermediate_states_buffer, None, scale, output_final_state,
+        state_v_first, reverse,
     ))  # fmt: skip

@@ -927,7 +927,7 @@ def test_what_triton_compiles_is_understood(tmp_path):
 def test_a_cache_is_bounded():
     cache = Cache(100)
     for i in range(1000):
-        cache.put(i, i)
+        cache[i] = i
         assert cache.get(i // 2) in (None, i // 2) and len(cache) <= 200
     assert len(cache) > 100
 
@@ -935,11 +935,11 @@ def test_a_cache_is_bounded():
 def test_what_is_looked_up_again_survives_what_comes_once():
     cache = Cache(100)
     for i in range(40):
-        cache.put(('again', i), i)
+        cache[('again', i)] = i
         assert cache.get(('again', i)) == i
     for i in range(10_000):
         assert cache.get(i) is None
-        cache.put(i, 'once')
+        cache[i] = 'once'
     assert [cache.get(('again', i)) for i in range(40)] == [*range(40)]
     assert cache.get(9_999) == 'once' and cache.get(0) is None
 
@@ -947,7 +947,7 @@ def test_what_is_looked_up_again_survives_what_comes_once():
 def test_the_least_recently_used_is_dropped():
     cache = Cache(100)
     for i in range(1000):
-        cache.put(i, str(i))
+        cache[i] = str(i)
         cache.get(i)
         cache.get(7)
     assert len(cache) <= 100 and cache.get(7) == '7'
@@ -958,13 +958,13 @@ def test_the_least_recently_used_is_dropped():
 @pytest.mark.parametrize('lookups', [0, 1, 60])
 def test_a_new_value_takes_the_place_of_the_old(lookups):
     cache = Cache(100)
-    cache.put('key', 'old')
+    cache['key'] = 'old'
     for i in range(lookups):
         cache.get('key')
         if i:  # these make the key an older one
-            cache.put(i, i)
+            cache[i] = i
             cache.get(i)
-    cache.put('key', 'new')
+    cache['key'] = 'new'
     assert cache.get('key') == 'new' and len(cache) == max(lookups, 1)
 
 
@@ -976,7 +976,7 @@ def test_a_cache_in_threads(threads_that_take_turns):
         for i in numbers:
             value = cache.get(i)
             if value is None:
-                cache.put(i, str(i))
+                cache[i] = str(i)
             elif value != str(i):
                 wrong.append((i, value))
 
