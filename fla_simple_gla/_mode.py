@@ -89,15 +89,20 @@ class Mode:
 
         return in_pool(run, pool, indices, inputs.cu_seqlens, buffer), None
 
-    def gradients(self, inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
-        """The gradients that are needed, by kernels: from the states and gates that the forward kept, and from the gradients of its two
-        results.
+    def gradients(self, inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
+        """The gradients that are needed, in the order of `Gradients`, by kernels: from the states and gates that the forward kept, and from
+        the gradients of its two results.
         """
         do, dsecond = given
         do = torch.zeros_like(inputs.v) if do is None else rows_in_place(do)
-        found = self.backward(inputs, kept, (do, dsecond), needs, plan)
-        dq, dk, *others = [x if need else None for x, need in zip(found, needs)]
-        return Gradients(sum_heads(dq, inputs.q), sum_heads(dk, inputs.k), *others)
+        dq, dk, dv, dg, dh0 = self.backward(inputs, kept, (do, dsecond), needs, plan)
+        return (
+            sum_heads(dq, inputs.q) if needs.q else None,
+            sum_heads(dk, inputs.k) if needs.k else None,
+            dv if needs.v else None,
+            dg if needs.g else None,
+            dh0 if needs.initial_state else None,
+        )
 
 
 class ModeFunction(torch.autograd.Function):

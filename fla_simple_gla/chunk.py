@@ -280,8 +280,8 @@ def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> 
     """Columns of V, warps and stages of a summary."""
     if is_hopper(device) and dtype.itemsize == 2:
         return HOPPER[max(64, next_power_of_2(max(K, V)))]
-    _, BV, warps, stages, _ = sweep_config(K, V, dtype, device)
-    return BV, warps, stages
+    config = sweep_config(K, V, dtype, device)
+    return config.BV, config.warps, config.stages
 
 
 # Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of those
@@ -339,13 +339,12 @@ def segment_tokens(
 
 
 @device_pass
-def forward_pass(inputs: Inputs, options: Options, hopper, segment: int | None):
+def forward_pass(inputs: Inputs, options: Options, hopper, setting: Setting):
     """o, the final state or None, the states before the segments, and the sums of the gates."""
     q, k, v, _, state, cu_seqlens, indices, _ = inputs
-    setting = Setting(options.scale, segment, precision=options.precision)
-    c = None if segment is None and hopper else sweep_gates(inputs)
+    c = None if setting.segment is None and hopper else sweep_gates(inputs)
     final_state = final_states(inputs, options)
-    if segment is not None:
+    if setting.segment is not None:
         # the states of the forward have no scale in them
         state_out = None if indices is not None else final_state
         operands = Operands(q, k, v, c, state, state_out, cu_seqlens=cu_seqlens, indices=indices)
@@ -377,22 +376,21 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     return segment_tokens(B, T, H, K, V, q.dtype, q.device, hopper_module(K, V, q.dtype, q.device) is not None, sequences)
 
 
-def choices(inputs: Inputs):
-    """The module of the sweeps for Hopper if they take these inputs, and the tokens to a segment."""
-    return hopper_for(*inputs[:3]), tokens_to_a_segment(inputs)
+def choices(inputs: Inputs, options: Options):
+    """The module of the sweeps for Hopper if they take these inputs, and how the sweeps go."""
+    return hopper_for(*inputs[:3]), Setting(options.scale, tokens_to_a_segment(inputs), precision=options.precision)
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    hopper, segment = plan.once(choices, inputs)
-    o, final_state, state, c = forward_pass(inputs, plan.options, hopper, segment, plan=plan)
-    return Results(o, final_state, None if segment is None else state, c)
+    hopper, setting = plan.once(choices, inputs, plan.options)
+    o, final_state, state, c = forward_pass(inputs, plan.options, hopper, setting, plan=plan)
+    return Results(o, final_state, None if setting.segment is None else state, c)
 
 
-def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (state, c), (do, dht) = kept, given
-    _, segment = plan.once(choices, inputs)
-    setting = Setting(plan.options.scale, segment, precision=plan.options.precision)
-    if segment is None:
+    _, setting = plan.once(choices, inputs, plan.options)
+    if setting.segment is None:
         state = inputs.initial_state
     return backward_pass((*inputs, state, c, as_sweeps_read(do, inputs, plan), dht), needs, setting)
 

@@ -253,7 +253,7 @@ def sweep_kernel(
 
 class Config(NamedTuple):
     """How a sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep, and pieces of at most
-    BK rows of the state.
+    BK rows of the state. Where TMA is False rows are read by pointers in any case.
     """
 
     BT: int
@@ -261,6 +261,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     BK: int = 512
+    TMA: bool = True
 
 
 # Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
@@ -285,34 +286,44 @@ class Config(NamedTuple):
 # A V tile has rows of 128 bytes there: with shorter ones the wgmma operands of triton 3.6 can be read past the end of the shared
 # memory, and some kernels failed (https://github.com/triton-lang/triton/issues/11366, seen up to triton 3.7.1).
 #
-# Over D 128 the state is in pieces. Bytes of stack to a thread, for the worst of o, dq and dk (triton 3.6), which the driver reserves
-# for as many threads as the GPU can hold, in one piece and in these:
-#   Hopper, bf16 and fp16   D 256   1896 ->  464, pieces of 128       D 512    3400 -> 592
-#   Hopper, fp32            D 256   2632 ->   56, pieces of 64        D 512    5592 -> 184
-#   sm_80, bf16 and fp16                                              D 512    4112 ->   8, pieces of 128
-#   sm_80, fp32             D 256   6704 ->  272, pieces of 64        D 512   11328 -> 512
-# (The times above, of bf16 over D 128, were measured in one piece.)
+# In pieces of the state a kernel needs less of the stack, of which the driver reserves as much as all threads that the GPU can hold would
+# take: at most 1 KB to a thread, where one piece took, for the worst of o, dq and dk (triton 3.6):
+#   Hopper, bf16 and fp16   D 256   1864 (by pointers)   D 512    3360
+#   Hopper, fp32            D 128   1888                 D 256    2632      D 512    5592
+#   sm_80, bf16 and fp16                                 D 512    4112
+#   sm_80, fp32             D 256   6704                 D 512   11328
+# Each piece is a copy of its own to wait for, but spills are slow: fp32 gets quicker by pieces, 16 bits do not:
+#   fp32, B2 T1024 H8           one piece  D 256   0.87, with the backward  3.98    D 512   10.2, 46.0
+#                               64 rows            0.75                     3.23            3.3, 14.1
+#   bf16, B2 T1024 H8           one piece  D 256   0.10                     0.48    D 512   0.18, 1.09
+#                               128 rows           0.14                     0.63            0.29, 1.32
+#                               64 rows, by pointers                                        0.24, 1.07
 #
 # The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of shared memory.
 HOPPER = {
-    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1, 128), 512: Config(64, 64, 8, 1, 128)},
-    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1), 256: Config(16, 32, 4, 1, 64), 512: Config(16, 32, 8, 1, 64)},
+    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1), 512: Config(64, 64, 8, 1, 64, TMA=False)},
+    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1, 64), 256: Config(16, 32, 4, 1, 64), 512: Config(16, 32, 8, 1, 64)},
 }
+# Instead, for rows that TMA cannot read, which pass through registers
+POINTERS = {2: {256: Config(64, 64, 8, 1, 64)}, 4: {128: Config(64, 32, 4, 1, 32)}}
 OTHERS = {
     2: {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1, 128)},
     4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1, 64), 512: Config(16, 16, 8, 1, 64)},
 }
 
 
-@functools.cache
-def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Configuration of a sweep with a state `[K, V]`.
+def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device, tma: bool = True) -> Config:
+    """How to cut sweeps over states of these dims.
 
-    The chunks are the same for `[V, K]`: all four sweeps of a call use the same sums of gates.
+    Only the table of K, the rows of the state, depends on which of the two dims is in front. Chunks are of one size for both: the sums of
+    the gates are taken over the chunks of all sweeps. They and BV are the same by TMA and by pointers.
     """
-    table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
-    by_rows, by_both = (table[max(64, next_power_of_2(dim))] for dim in (K, max(K, V)))
-    return by_rows._replace(BT=by_both.BT, BK=min(by_rows.BK, max(16, next_power_of_2(K))))
+    size, row = dtype.itemsize, max(64, next_power_of_2(K))
+    table = (HOPPER if is_hopper(device) else OTHERS)[size]
+    config = table[row]
+    if is_hopper(device) and not tma:
+        config = POINTERS[size].get(row, config)
+    return config._replace(BT=table[max(64, next_power_of_2(max(K, V)))].BT, BK=min(config.BK, max(16, next_power_of_2(K))))
 
 
 class Operands(NamedTuple):
@@ -364,7 +375,8 @@ def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
 def launch_sweep(tensors, setting):
     q, k, v, c, state_in, o, state_out, x, *_, cu_seqlens, indices = tensors
     B, T, H, K, V = Operands(q, k, v, c).sizes()
-    BT, BV, warps, stages, BK = sweep_config(K, V, q.dtype, q.device)
+    tma = use_descriptors(q, k, v, o, x)
+    config = sweep_config(K, V, q.dtype, q.device, tma)
     scale, segment, BA, reverse, precision = setting
     args = (
         *tensors,
@@ -374,11 +386,11 @@ def launch_sweep(tensors, setting):
     )
     constants = dict(
         H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
-        BT=BT, BK=BK, BV=BV, BA=BA,
+        BT=config.BT, BK=config.BK, BV=config.BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
-        TMA=use_descriptors(q, k, v, o, x), PRECISION=precision, STAGES=stages, num_warps=warps,
+        TMA=tma and config.TMA, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )
-    return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * cdiv(V, BV), 1, 1), args, constants
+    return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * cdiv(V, config.BV), 1, 1), args, constants
 
 
 def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
@@ -544,7 +556,7 @@ def forward(inputs: Inputs, plan: Plan) -> Results:
     return Results(o, final_state, gates=c)
 
 
-def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (_, c), (do, dht) = kept, given
     return backward_pass((*inputs, c, as_sweeps_read(do, inputs, plan), dht), needs, plan.options)
 

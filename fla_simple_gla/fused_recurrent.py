@@ -348,9 +348,9 @@ def forward(inputs: Inputs, plan: Plan) -> Results:
     return Results(*forward_pass(inputs, plan.options, plan=plan))
 
 
-def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
-    found = Gradients(*backward_pass((*inputs, *given), needs, plan.options))
-    return found if found.g is None else found._replace(g=found.g.sum(0).to(inputs.g.dtype))
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
+    dq, dk, dv, dg, dh0 = backward_pass((*inputs, *given), needs, plan.options)
+    return dq, dk, dv, None if dg is None else dg.sum(0).to(inputs.g.dtype), dh0
 
 
 def naive(inputs: Inputs, options: Options):

@@ -133,9 +133,9 @@ def products(b_q, r_q, q_t, r_k, k_t, L, i_q, i_k, K: tl.constexpr, BT: tl.const
         b_p = tl.dot(b_q, tl.trans(load_rows(r_k, k_t, L, i_k, 0, K, BT, BK, TMA)), input_precision=P)
     else:
         b_p = tl.zeros([BT, BT], tl.float32)
-        if K > 4 * BK:
-            # A loop that is not unrolled: of an unrolled one the rows of q are all kept in registers from tile to tile, which takes 6 KB of
-            # stack to a thread (fp32, D 512, sm_80).
+        if K > 2 * BK and P is not None:
+            # fp32, in a loop that is not unrolled: of an unrolled one the rows of q are all kept in registers from tile to tile, which
+            # takes 6 KB of stack to a thread (D 512, sm_80).
             for i in tl.range(0, K, BK, num_stages=1):
                 b_qi = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
                 b_ki = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
@@ -603,13 +603,13 @@ def forward(inputs: Inputs, plan: Plan) -> Results:
     return Results(o, attention, gates=gates)
 
 
-def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> Gradients:
+def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (_, gates), (do, _) = kept, given
     hopper = walks_for(inputs, plan)
     if hopper and not hopper_for(*inputs[:2], do):
         # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
         do = do.clone(memory_format=torch.contiguous_format)
-    return Gradients(*backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper))
+    return backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper)
 
 
 def naive(inputs: Inputs, options: Options):

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import pytest
 
@@ -41,23 +42,32 @@ def test_stack_and_shared_memory():
 
 
 def entries() -> list[tuple]:
-    """Kernel, architecture, bytes of a number, dim, and whether back in time with what dg needs."""
-    sweeps = itertools.product(['sweep'], (80, 90), (4, 2), (256, 512), (False, True))
-    attention = itertools.product(['attention'], (80, 90), (4,), (512,), (False, True))
-    return [*(entry for entry in sweeps if entry[2:4] != (2, 256) or entry[1] == 90), *attention]
+    """Kernel, architecture, whether by TMA, bytes of a number, dim, and whether back in time with what dg needs."""
+    sizes = {4: (128, 256, 512), 2: (256, 512)}
+    kinds = [
+        *itertools.product(['sweep'], [(80, False)], [(4, 256), (4, 512), (2, 512)]),
+        *itertools.product(['sweep'], [(90, False), (90, True)], [(size, dim) for size, dims in sizes.items() for dim in dims]),
+        *itertools.product(['attention'], [(80, False), (90, False), (90, True)], [(4, 256), (4, 512)]),
+    ]
+    return [(name, *where, *what, back) for name, where, what in kinds for back in (False, True)]
 
 
 def compile_entry(entry: tuple) -> str:
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fla_simple_gla import fused_chunk, parallel
 
-    kernel_name, arch, size, D, gradient = entry
-    module = fused_chunk if kernel_name == 'sweep' else parallel
-    config = (module.HOPPER if arch == 90 else module.OTHERS)[size][D]
-    kernel = module.sweep_kernel if kernel_name == 'sweep' else module.attention_kernel
+    kernel_name, arch, tma, size, D, gradient = entry
+    dtype, device = torch.float32 if size == 4 else torch.bfloat16, torch.device('cpu')
+    with mock.patch(f'fla_simple_gla.{"fused_chunk" if kernel_name == "sweep" else "parallel"}.is_hopper', lambda _: arch == 90):
+        if kernel_name == 'sweep':
+            kernel, config = fused_chunk.sweep_kernel, fused_chunk.sweep_config(D, D, dtype, device, tma)
+            tma = tma and config.TMA
+        else:
+            kernel, config = parallel.attention_kernel, parallel.attention_config(D, D, dtype, device)
     number = '*fp32' if size == 4 else '*bf16'
     types = {name: number for name in ('q', 'k', 'v', 'o')} | {name: '*fp32' for name in ('c', 'state_in', 'state_out')}
     types |= {'sums': '*fp64', 'scale': 'fp32'}
@@ -65,8 +75,8 @@ def compile_entry(entry: tuple) -> str:
     if gradient:
         types |= {'x': number, 'anchors': number} | {name: '*fp32' for name in ('x_o', 'x_inter', 's_ds')}
     constants = dict(
-        H=4, GQ=1, GV=1, K=D, V=D, BT=config.BT, BK=min(config.BK, D), BV=config.BV, BA=256, BI=64, REVERSE=gradient, SEGMENTS=False,
-        TWO_PARTS=size == 4, TMA=arch == 90, PRECISION='tf32x3' if size == 4 else None, STAGES=config.stages,
+        H=4, GQ=1, GV=1, K=D, V=D, BT=config.BT, BK=config.BK, BV=config.BV, BA=256, BI=64, REVERSE=gradient, SEGMENTS=False,
+        TWO_PARTS=size == 4, TMA=tma, PRECISION='tf32x3' if size == 4 else None, STAGES=config.stages,
     )
     signature = {}
     for name in kernel.arg_names:

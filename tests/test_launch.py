@@ -482,7 +482,7 @@ def test_what_is_no_result_is_freed_after_its_last_launch(gpu, monkeypatch):
     a_pass = Watched(body)
     for _ in range(2):
         a_pass(torch.ones(4))
-    allocate, launch = torch.Tensor.new_empty, gpu.launch
+    allocate, launch = torch.Tensor.new_empty_strided, gpu.launch
 
     def watched_empty(*args, **kwargs):
         made.append(weakref.ref(x := allocate(*args, **kwargs)))
@@ -492,7 +492,7 @@ def test_what_is_no_result_is_freed_after_its_last_launch(gpu, monkeypatch):
         alive.append([tensor() is not None for tensor in made])
         return launch(*args)
 
-    monkeypatch.setattr(torch.Tensor, 'new_empty', watched_empty)
+    monkeypatch.setattr(torch.Tensor, 'new_empty_strided', watched_empty)
     for variant in _launch.variants.values():
         monkeypatch.setattr(variant, 'call', watched_launch)
     result = a_pass(torch.ones(4))
@@ -514,13 +514,13 @@ def test_small_ones_share_an_allocation(scratch, gpu, monkeypatch):
     a_pass = Watched(body, Kernel(global_scratch_size=scratch))
     for _ in range(2):
         a_pass(torch.ones(4))
-    sizes, allocate = [], torch.Tensor.new_empty
+    sizes, allocate = [], torch.Tensor.new_empty_strided
 
     def watched(*args, **kwargs):
         sizes.append((x := allocate(*args, **kwargs)).nbytes)
         return x
 
-    monkeypatch.setattr(torch.Tensor, 'new_empty', watched)
+    monkeypatch.setattr(torch.Tensor, 'new_empty_strided', watched)
     gpu.launches.clear()
     (result,) = a_pass(torch.ones(4))
     (a, b, c), (large, last, _) = gpu.values()
