@@ -19,6 +19,7 @@ NAMES = {
     'torch._C._are_functorch_transforms_active': "the error of our own for transforms of torch.func: there is PyTorch's",
     'torch._C._len_torch_dispatch_stack': 'a `TorchDispatchMode` sees the allocations of a mode, in place of one operator',
     'torch._C._cuda_getCurrentRawStream': 'speed: some microseconds at each launch',
+    'torch.Tensor._is_zerotensor': 'gradients that PyTorch keeps as zeros without memory: its own error for them',
     'torch._library.fake_impl.allocate_size': 'compiled calls where the length is a symbol: a graph is made for each length',
     'torch.autograd.forward_ad._current_level': 'speed: some microseconds at each call',
     'triton.AsyncCompileMode': 'time: the kernels of a first call are compiled one by one',
@@ -42,7 +43,7 @@ def private(name: str) -> Any | None:
                 found = getattr(found, part)
             except AttributeError:
                 found = importlib.import_module('.'.join([package, *rest[:i]]))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, RuntimeError):  # triton has no driver where there is no GPU
         return None
     return found
 
@@ -76,8 +77,8 @@ def none_is_active() -> bool:
 
 def is_zero_tensor(x: torch.Tensor) -> bool:
     """Whether x stands for zeros without memory, as PyTorch makes them for gradients."""
-    ask = getattr(x, '_is_zerotensor', None)
-    return ask is not None and ask()
+    ask = private('torch.Tensor._is_zerotensor')
+    return ask is not None and ask(x)
 
 
 def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:

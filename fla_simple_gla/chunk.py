@@ -431,9 +431,10 @@ def chunk_simple_gla(
         o_t = scale * S_t^T q_t
 
     Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
-    `torch.set_float32_matmul_precision` allows it. How many segments there are depends on the shapes and on the GPU, and the last
-    digits on them: `fused_chunk_simple_gla` gives a sequence the same bits whatever else is in the batch. Differentiable in q, k, v,
-    g, g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
+    `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or a smaller v.
+    How many segments there are depends on the shapes and on the GPU, and the last digits on them: `fused_chunk_simple_gla` gives a
+    sequence the same bits whatever else is in the batch. Differentiable in q, k, v, g, g_gamma and initial_state, once. CPU tensors
+    are computed by `naive_chunk_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.

@@ -91,6 +91,28 @@ def with_mode(cases, *modes):
     return [pytest.param(*parameters, id=name) for name, parameters in found.items()]
 
 
+def with_small_values(fn):
+    """The mode with v divided by a power of two, and o multiplied by it."""
+
+    def call(v, **others):
+        o, state = fn(v=v / 64, **others)
+        return o * 64, state
+
+    return call
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_states_beyond_half_precision(mode):
+    """The remedies of the contract: other modes, or a smaller v."""
+    case = Case(150, dtype=fp16, gate=None, initial_state=False, output_final_state=False, scale=1.0)
+    x = make_inputs(case)
+    x |= {name: 32 + x[name] for name in 'kv'} | {'q': x['q'] / 512, 'do': x['do'] / 512}
+    assert torch.einsum('bthk,bthv->bhkv', x['k'].double(), x['v'].double()).min() > 2 * 65504
+    fn = MODES[mode]
+    check(case, run(fn if mode in ('fused_recurrent', 'parallel') else with_small_values(fn), case, x), reference(case, x))
+
+
+
 @pytest.mark.parametrize(
     'mode, case',
     with_mode(CASES, *TABLE_MODES) + with_mode(CHUNKED_CASES, 'fused_chunk', 'parallel') + with_mode(SEGMENT_CASES, 'segments')
