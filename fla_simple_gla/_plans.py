@@ -3,7 +3,8 @@
 Whether arguments are right, which kernels suit them and how long segments are follows from the types and layouts of the tensors and from
 the options: the first call with some finds out, and leaves a plan for the others.
 
-Memory: a plan and its key have some 3 KB, and at most 2,048 plans are kept (`_cache.py`).
+Memory: a plan and its key have some 3 KB beside the records of its passes (`_passes.py`), and at most 2,048 plans are kept
+(`_cache.py`).
 """
 
 from collections.abc import Callable

@@ -35,6 +35,7 @@ from ._plans import Gradients, Inputs, Options, Plan, Results
 from ._triton import jit, tl
 from ._validation import Call
 from .fused_chunk import (
+    Config,
     Operands,
     Setting,
     as_sweeps_read,
@@ -301,10 +302,10 @@ GRAIN = 256
 
 @functools.lru_cache(4096)
 def segment_tokens(
-    rows: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, specialized: bool, sequences: int | None = None,
+    rows: int, T: int, H: int, V: int, config: Config, device: torch.device, specialized: bool, sequences: int | None = None,
 ) -> int | None:
     """Tokens to a segment, a multiple of GRAIN, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
-    they stay in one piece.
+    they stay in one piece. config is that of the plain sweeps; specialized is whether those for Hopper take their place.
 
     The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
     128, 1.4 at D 64), and 1.3 times that where two programs share a multiprocessor.
@@ -314,8 +315,8 @@ def segment_tokens(
     # the fp32 states before packed sequences would take more than a quarter of the memory of k
     if sequences is not None and sequences * V * 8 > T:
         return None
-    BT, BV, *_ = sweep_config(K, V, dtype, device)
-    programs = rows * H * cdiv(V, 128 if specialized else BV)
+    BT = config.BT
+    programs = rows * H * cdiv(V, 128 if specialized else config.BV)
     processors = multiprocessors(device)
     at_once = processors if specialized else processors * RESIDENT
 
@@ -373,7 +374,8 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     B, T, _, K = q.shape
     H, V = inputs.v.shape[2:]
     sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    return segment_tokens(B, T, H, K, V, q.dtype, q.device, hopper_module(K, V, q.dtype, q.device) is not None, sequences)
+    config, specialized = sweep_config(K, V, q.dtype, q.device), hopper_module(K, V, q.dtype, q.device) is not None
+    return segment_tokens(B, T, H, V, config, q.device, specialized, sequences)
 
 
 def choices(inputs: Inputs, options: Options):
