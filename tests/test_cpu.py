@@ -1,13 +1,13 @@
 """Without a GPU: the CPU path, Triton's interpreter, and what is checked of contents."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
 from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, make_inputs, reference, run
 
 from fla_simple_gla import naive_chunk_simple_gla, naive_parallel_simple_gla, naive_recurrent_simple_gla
+from fla_simple_gla._operators import checks_on_gpu
 
 MODES_HERE = [mode for mode in MODES if mode != 'segments']
 CASE = Case(20, K=16, V=8)
@@ -99,7 +99,8 @@ def test_contents_are_checked_on_the_gpu_where_asked(monkeypatch):
     q, cu_seqlens = torch.ones(1, 8, 2, 8, device='cuda'), torch.tensor([0, 9], device='cuda')
     for mode in MODES_HERE:
         MODES[mode](q, q, q, cu_seqlens=cu_seqlens)
-    monkeypatch.setitem(os.environ, 'FLA_SIMPLE_GLA_CHECK', '1')
+    monkeypatch.setenv('FLA_SIMPLE_GLA_CHECK', '1')
+    monkeypatch.setattr('fla_simple_gla._operators.checks_on_gpu', checks_on_gpu.__wrapped__)  # which is asked once
     for mode in MODES_HERE:
         with pytest.raises(ValueError, match='cu_seqlens must not end beyond the 8 tokens, got 9'):
             MODES[mode](q, q, q, cu_seqlens=cu_seqlens)

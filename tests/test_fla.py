@@ -46,7 +46,7 @@ if GPU:
         from triton.runtime.autotuner import Autotuner
 
         for tuner in gc.get_objects():
-            if isinstance(tuner, Autotuner):
+            if issubclass(type(tuner), Autotuner):  # isinstance asks a proxy for what it stands for, which may be gone
                 tuner.configs = tuner.configs[:1]
 
     CASES = [

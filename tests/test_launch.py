@@ -1328,6 +1328,7 @@ def without(monkeypatch, *names: str) -> None:
 
     for module in (_private, _launch, _driver):
         monkeypatch.setattr(module, 'private', found)
+    monkeypatch.setattr(_passes, 'why_not_direct', _driver.why_not_direct.__wrapped__)  # which is asked once
     # this one is looked at afresh each time
     if 'torch.autograd.forward_ad._current_level' in names:
         monkeypatch.setattr(_private, 'forward_ad', SimpleNamespace(unpack_dual=torch.autograd.forward_ad.unpack_dual))
