@@ -154,7 +154,8 @@ def backward_needs_operator(*gradients: torch.Tensor | None) -> bool:
     """Whether the backward is for the operator: it is traced (compiled autograd), what it returns may be differentiated again, which the
     operator's results refuse, or kernels cannot read a gradient from its memory.
     """
-    refuse_tangents(gradients)
+    if not none_is_active():
+        refuse_tangents(gradients)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
     for x in gradients:

@@ -135,7 +135,9 @@ def needs_operator(x: torch.Tensor) -> bool:
 
     Such an x is a subclass with its own `__torch_dispatch__`, has no memory, or is a view whose values PyTorch negates when they are read.
     """
-    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or x.is_meta or is_zero_tensor(x):
+    if type(x) not in PLAIN and type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return True
+    if x.is_meta or is_zero_tensor(x):
         return True
     return x.is_neg() and runs_kernels(x)
 
