@@ -277,12 +277,12 @@ class TensorMaps:
     """The descriptors of tensors of one layout, encoded by the driver. Used by one thread at a time, that of a launch."""
 
     def __init__(self, tiles: Tiles, box: Box):
-        rank, size = len(tiles.shape), tiles.x.itemsize
-        array = ctypes.c_uint64 * rank
+        x, shape, strides, *_ = tiles
+        rank, size = len(shape), x.itemsize
         # the driver counts dimensions from the last one, and leaves out its stride, which is one
-        self.shape = array(*tiles.shape[::-1])
-        self.strides = array(*[stride * size for stride in tiles.strides[-2::-1]])
-        self.type, self.rank, self.box = TENSOR_MAP_TYPES[tiles.x.dtype], rank, box
+        self.shape = struct.pack(f'<{rank}Q', *shape[::-1])
+        self.strides = struct.pack(f'<{rank - 1}Q', *[stride * size for stride in strides[-2::-1]])
+        self.type, self.rank, self.box = TENSOR_MAP_TYPES[x.dtype], rank, box
         self.places = {}  # of those that are encoded, by address of the tensor
         self.memory = []  # which they lie in
 
@@ -294,7 +294,9 @@ class TensorMaps:
             place, self.type, self.rank, address, self.shape, self.strides, self.box.sizes, self.box.steps,
             0, self.box.swizzle, L2_PROMOTION_128, 0,
         )
-        check_error(error, f'a tensor descriptor of shape {[*self.shape][::-1]}, strides {[*self.strides][-2::-1]} in bytes')
+        if error:
+            shape, strides = (struct.unpack(f'<{len(x) // 8}Q', x)[::-1] for x in (self.shape, self.strides))
+            check_error(error, f'a tensor descriptor of shape {[*shape]}, strides {[*strides]} in bytes')
         if len(self.places) >= MAX_ADDRESSES:
             self.places, self.memory = {}, []
         self.places[address] = place

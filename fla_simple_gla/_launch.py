@@ -42,7 +42,12 @@ class Prepared(NamedTuple):
 
     def key(self, device: int) -> tuple:
         """What the compiled kernel depends on, or more: triton specialises on no more of an argument than this tells."""
-        kinds = [argument_kind(arg, rule) for arg, rule in zip(self.args, specialization_rules(self.kernel))]
+        kinds = []
+        for arg, rule in zip(self.args, specialization_rules(self.kernel)):
+            if type(arg) is int and 0 <= arg < 2**31 and (arg != 1 or rule == 'size'):  # most of them
+                kinds.append(rule == 'all' and arg % 16 == 0)
+            else:
+                kinds.append(argument_kind(arg, rule))
         return self.kernel, device, tuple(self.constants.items()), tuple(kinds)
 
 

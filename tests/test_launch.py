@@ -5,6 +5,7 @@ Most tests need no GPU: CPU tensors go a GPU's way, to a driver that notes what 
 
 import ctypes
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -190,7 +191,8 @@ class Gpu:
         ctypes.memset(place, 255, 128)
         ctypes.c_uint64.from_address(place).value = len(self.encoded)
         self.encoded.append(SimpleNamespace(
-            place=place, dtype=dtype, rank=rank, address=address, shape=[*shape], strides=[*strides][: rank - 1], box=[*box],
+            place=place, dtype=dtype, rank=rank, address=address, shape=[*struct.unpack(f'<{rank}Q', shape)],
+            strides=[*struct.unpack(f'<{rank - 1}Q', strides)], box=[*box],
             steps=[*steps], interleave=interleave, swizzle=swizzle, promotion=promotion, fill=fill,
         ))  # fmt: skip
         return self.error
