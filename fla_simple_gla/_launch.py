@@ -44,7 +44,10 @@ class Prepared(NamedTuple):
         """What the compiled kernel depends on, or more: triton specialises on no more of an argument than this tells."""
         kinds = []
         for arg, rule in zip(self.args, specialization_rules(self.kernel)):
-            if type(arg) is int and 0 <= arg < 2**31 and (arg != 1 or rule == 'size'):  # most of them
+            # most are one of these two
+            if arg is None:
+                kinds.append(None)
+            elif type(arg) is int and 0 <= arg < 2**31 and (arg != 1 or rule == 'size'):
                 kinds.append(rule == 'all' and arg % 16 == 0)
             else:
                 kinds.append(argument_kind(arg, rule))
@@ -52,8 +55,6 @@ class Prepared(NamedTuple):
 
 
 def argument_kind(arg, rule: str):
-    if arg is None:
-        return None
     if isinstance(arg, int) and not isinstance(arg, bool):
         size = 'i32' if -(2**31) <= arg < 2**31 else 'i64' if arg < 2**63 else 'u64'
         if rule == 'size':
