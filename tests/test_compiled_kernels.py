@@ -64,7 +64,7 @@ def compile_entry(entry: tuple) -> str:
     dtype, device = torch.float32 if size == 4 else torch.bfloat16, torch.device('cpu')
     with mock.patch(f'fla_simple_gla.{"fused_chunk" if kernel_name == "sweep" else "parallel"}.is_hopper', lambda _: arch == 90):
         if kernel_name == 'sweep':
-            kernel, config = fused_chunk.sweep_kernel, fused_chunk.sweep_config(D, D, dtype, device, tma)
+            kernel, config = fused_chunk.sweep_kernel, fused_chunk.sweep_config.__wrapped__(D, D, dtype, device, tma)
             tma = tma and config.TMA
         else:
             kernel, config = parallel.attention_kernel, parallel.attention_config(D, D, dtype, device)

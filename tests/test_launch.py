@@ -1340,6 +1340,12 @@ def without(monkeypatch, *names: str) -> None:
             monkeypatch.setattr(mode_object, 'apply_without_transforms', _private.apply_without_transforms(mode_object.function))
 
 
+@pytest.mark.parametrize('name', _private.NAMES)
+def test_to_look_for_a_private_name_is_no_error(name):
+    """Nor where triton has no driver, as without a GPU."""
+    private.__wrapped__(name)
+
+
 @pytest.mark.parametrize('name', [None, *_private.NAMES])
 @pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'segments'])
 def test_modes_are_right_without_a_private_name(mode, name, monkeypatch):

@@ -112,7 +112,6 @@ def test_states_beyond_half_precision(mode):
     check(case, run(fn if mode in ('fused_recurrent', 'parallel') else with_small_values(fn), case, x), reference(case, x))
 
 
-
 @pytest.mark.parametrize(
     'mode, case',
     with_mode(CASES, *TABLE_MODES) + with_mode(CHUNKED_CASES, 'fused_chunk', 'parallel') + with_mode(SEGMENT_CASES, 'segments')

@@ -294,7 +294,7 @@ def test_how_many_segments(monkeypatch):
 
     def segments(B, T, H, D, sequences=None, specialized=False):
         device = torch.device('cuda', 0)
-        config = fused_chunk.sweep_config(D, D, torch.bfloat16, device)
+        config = fused_chunk.sweep_config.__wrapped__(D, D, torch.bfloat16, device)
         tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, config, device, specialized, sequences)
         assert tokens is None or tokens % 128 == 0
         return 1 if tokens is None else -(-T // tokens)

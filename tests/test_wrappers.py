@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from harness import DEVICE, MODES, STATEFUL, TOLERANCE, Case, make_inputs, rms_error
+from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, rms_error
 from torch.utils._pytree import tree_map
 
 from fla_simple_gla._plans import needs_operator, plan_for
@@ -83,7 +83,7 @@ def test_each_argument_may_be_wrapped(mode, wrap, device):
 
         expected = results(mode, copies())
         for name in arguments:
-            for _ in range(2):
+            for _ in range(3 if GPU else 2):
                 given = copies()
                 given[name] = wrap(given[name])
                 for found in (results(mode, given), results(mode, copies())):
