@@ -1,5 +1,6 @@
 """The kernels for Hopper: which calls they take, and what keeps calls from them."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -147,6 +148,17 @@ def test_which_gradients_are_copied_for_the_kernels_for_hopper(mode, layout, mon
         assert torch.equal(found, do)
         assert (found is not do) == (hopper is not None and layout in GRADIENTS)
         assert hopper is None or hopper.takes(found)
+
+
+@pytest.mark.parametrize('hopper', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_sweeps_are_cut_alike_by_tma_and_by_pointers_and_both_ways(dtype, hopper, monkeypatch):
+    """One sum of gates is for all sweeps of a call, of states `[K, V]` and `[V, K]`, and memory for dg is laid out before rows are seen."""
+    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: hopper)
+    for K, V in itertools.product((1, 64, 100, 128, 200, 256, 300, 512), repeat=2):
+        configs = [fused_chunk.sweep_config.__wrapped__(K, V, dtype, torch.device('cpu'), tma) for tma in (True, False)]
+        turned = fused_chunk.sweep_config.__wrapped__(V, K, dtype, torch.device('cpu'))
+        assert len({config.BT for config in (*configs, turned)}) == len({config.BV for config in configs}) == 1
 
 
 def test_anchors_fit_into_segments():
