@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py [chunk | fused_chunk | parallel]
 
-Every combination of a T from 64 to 65,536 (67: a last chunk of three tokens) and a gate memory from 1 to 1,000 tokens, with the
-inputs standard normal, both without states and with a given initial state and a final state that has a gradient (the parallel mode
-has no states, and stops at 8,192).
+The lengths T are 64 to 65,536; 67 has a last chunk of three tokens. The gate memories are 1 to 1,000 tokens. Every
+combination is computed twice: without states, and with an initial state and a final state that has a gradient. The
+parallel mode has no states, and stops at T 8,192. The inputs are standard normal.
 """
 
 import argparse
@@ -18,13 +18,15 @@ import fla_simple_gla
 NAMES = ('o', 'dq', 'dk', 'dv', 'dg', 'ht', 'dh0')
 
 
-def errors(mode, dtype, T, memory, states, H=8, D=128):
+def errors(mode, dtype, T, memory, states, H=8, D=128) -> dict[str, float]:
+    """The relative RMS error of each result and gradient."""
     torch.manual_seed(T + memory)
     q, k, v, do = (torch.randn(1, T, H, D, device='cuda').to(dtype) for _ in range(4))
     g = -2 * torch.rand(1, T, H, device='cuda') / memory
     h0, dht = torch.randn(2, 1, H, D, D, device='cuda')
     results = []
-    for form, precision in ((getattr(fla_simple_gla, f'{mode}_simple_gla'), None), (fla_simple_gla.naive_chunk_simple_gla, torch.float64)):
+    fn, naive = getattr(fla_simple_gla, f'{mode}_simple_gla'), fla_simple_gla.naive_chunk_simple_gla
+    for form, precision in ((fn, None), (naive, torch.float64)):
         leaves = [x.detach().to(precision or x.dtype).requires_grad_() for x in (q, k, v, g, h0)]
         if states:
             o, ht = form(*leaves[:4], initial_state=leaves[4], output_final_state=True)
@@ -51,7 +53,8 @@ def main():
                     for name, error in errors(mode, dtype, T, memory, states).items():
                         where = f'T{T} memory {memory}' + (' states' if states else '')
                         worst[name] = max(worst[name], (error, where))
-        print(str(dtype).removeprefix('torch.'), ', '.join(f'{name} {worst[name][0]:.1e} ({worst[name][1]})' for name in worst), flush=True)
+        cells = [f'{name} {error:.1e} ({where})' for name, (error, where) in worst.items()]
+        print(str(dtype).removeprefix('torch.'), ', '.join(cells), flush=True)
 
 
 if __name__ == '__main__':

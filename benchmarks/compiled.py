@@ -2,13 +2,15 @@
 
     python benchmarks/compiled.py [--shape B T H D]... [--mode MODE]
 
-A layer is a norm, the projections of q, k, v and the gate, the mode, a projection, a norm and an MLP four times as wide, with residuals;
-its width is H x D. The parameters are in fp32, under autocast to bf16. A step is forward, backward, and AdamW (fused). Milliseconds are
-medians of `do_bench`. `graphs` is `mode='reduce-overhead'`: compiled, and replayed from CUDA graphs. Compilation is with
-`fullgraph=True`: nothing is left to Python.
+A layer is a norm, the projections of q, k, v and the gate, the mode, a projection, a norm and an MLP four times as
+wide, with residuals. Its width is H x D. The parameters are in fp32, under autocast to bf16. A step is forward,
+backward, and AdamW (fused). The columns:
 
-The losses are those of the first and the last of 20 steps, eager, and the difference is the largest relative one between eager and
-compiled: these round other intermediate results to bf16.
+- eager, compiled, graphs: milliseconds of a step, the medians of `do_bench`. Compilation is with `fullgraph=True`, so
+  that nothing is left to Python. `graphs` is `mode='reduce-overhead'`: compiled, and replayed from CUDA graphs.
+- losses: those of the first and of the last of 20 eager steps.
+- difference: the largest relative difference of the losses, eager and compiled. The two round different intermediate
+  results to bf16.
 """
 
 import argparse
@@ -25,6 +27,8 @@ WIDTHS = (22, 12, 10, 10, 10, 16, 12)
 
 
 class Layer(nn.Module):
+    """The mode `fn` with projections and norms, then an MLP."""
+
     def __init__(self, heads, dim, fn):
         super().__init__()
         width = heads * dim
@@ -43,7 +47,7 @@ class Layer(nn.Module):
 
 
 def make_step(B, T, H, D, fn, **options):
-    """A training step that returns its loss; compiled if there are options."""
+    """A training step that returns its loss. If there are options for `torch.compile`, it is compiled."""
     torch.manual_seed(0)
     model = nn.Sequential(Layer(H, D, fn), Layer(H, D, fn)).to('cuda')
     x, target = torch.randn(2, B, T, H * D, device='cuda')
@@ -62,7 +66,7 @@ def make_step(B, T, H, D, fn, **options):
 
 
 def measure(shape, fn, **options) -> tuple[torch.Tensor, float]:
-    """The losses of 20 steps, and milliseconds of a step."""
+    """The losses of 20 steps, and the milliseconds of a step."""
     torch.compiler.reset()
     step = make_step(*shape, fn, **options)
     losses = torch.stack([step() for _ in range(20)])
@@ -71,7 +75,7 @@ def measure(shape, fn, **options) -> tuple[torch.Tensor, float]:
 
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shape', type=int, nargs=4, action='append', metavar=('B', 'T', 'H', 'D'), help='default: three shapes')
+    run.add_shape(parser, 'default: three shapes', action='append')
     parser.add_argument('--mode', choices=run.MODES, default='chunk')
     return parser.parse_args(arguments)
 

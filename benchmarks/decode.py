@@ -2,16 +2,17 @@
 
     python benchmarks/decode.py [--batch N]... [--tokens T] [--heads H] [--dim D] [--fla]
 
-Every sequence of the batch has its state in a pool, in shuffled slots, and goes on by T tokens (1, or a few drafts), in bf16 with a gate.
-fla-core, which has no pools, is given the states of the batch, and returns new ones. The columns:
+The states of the batch are in shuffled slots of a pool. A call adds T tokens to each sequence (1, or a few drafts), in
+bf16 with a gate. fla-core has no pools: it is given the states of the batch, and returns new ones. The columns:
 
-- device: microseconds from CUDA graphs of many calls (`triton.testing.do_bench_cudagraph`). Small batches stay in the L2 cache and can take
-  less than the floor.
-- floor: the bytes that have to move (each state read and written, q, k, v, g read and o written), over the bandwidth of a large copy
-  measured in the same run.
+- device: microseconds of a call, from CUDA graphs of many calls (`triton.testing.do_bench_cudagraph`). The states of a
+  small batch stay in the L2 cache, and it can take less than the floor.
+- floor: the time that the bytes take at the bandwidth of a large copy, measured in the same run. The bytes are those
+  that have to move: each state read and written, q, k, v, g read and o written.
 - share: the floor over the time.
 - host: microseconds that an eager call keeps the CPU, the median, with the GPU kept busy.
-- error: the relative RMS error of o and of the states, the larger of the two, against naive in fp64. A pool in 16 bits rounds them.
+- error: the relative RMS error of o or of the states, whichever is larger, against naive in fp64. A pool in 16 bits
+  rounds the states.
 """
 
 import argparse
@@ -26,21 +27,27 @@ WIDTHS = (7, 22, 9, 8, 6, 7, 8)
 
 
 def error(step, tokens, states) -> float:
-    """Of one step, from these states; it returns o and the states behind it."""
-    exact = fla_simple_gla.naive_recurrent_simple_gla(*(x.double() for x in tokens), initial_state=states.double(), output_final_state=True)
+    """The error of a step from these states. `step()` returns o and the states after the step."""
+    naive = fla_simple_gla.naive_recurrent_simple_gla
+    exact = naive(*(x.double() for x in tokens), initial_state=states.double(), output_final_state=True)
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(step(), exact))
 
 
 def ours(tokens, states, dtype, v_first):
-    """A step from a pool of which every fourth slot is free, and a function that returns its results in the order of the batch."""
+    """A step from a pool, and a function that makes one and returns its results in the order of the batch.
+
+    Every fourth slot of the pool is free.
+    """
     N = states.shape[0]
     slots = torch.randperm(N + N // 3 + 1, device='cuda')[:N].int()
     pool = torch.zeros(N + N // 3 + 1, *states.shape[1:], dtype=dtype, device='cuda')
     pool[slots.long()] = states.to(dtype)
     view = pool.mT.contiguous() if v_first else pool
 
+    fn = fla_simple_gla.fused_recurrent_simple_gla
+
     def step():
-        return fla_simple_gla.fused_recurrent_simple_gla(*tokens, initial_state=view, state_v_first=v_first, state_indices=slots)
+        return fn(*tokens, initial_state=view, state_v_first=v_first, state_indices=slots)
 
     def results():
         o, after = step()
@@ -51,6 +58,7 @@ def ours(tokens, states, dtype, v_first):
 
 
 def fla(tokens, states):
+    """The same two functions for fla-core, whose step returns new states in the order of the batch."""
     import fla.ops.simple_gla
 
     def step():
@@ -88,10 +96,11 @@ def main(arguments=None) -> None:
     for N in options.batch or BATCHES:
         tokens = [x.detach() for x in inputs(N, T, H, D)[0]]
         states = torch.randn(N, H, D, D, device='cuda')
-        rows = {
-            f'{str(dtype)[6:]} {"[V, K]" if v_first else "[K, V]"}': (dtype, *ours(tokens, states.to(dtype).float(), dtype, v_first))
-            for dtype in (torch.float32, torch.bfloat16) for v_first in (False, True)
-        }
+        rows = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            for v_first in (False, True):
+                name = f'{str(dtype)[6:]} {"[V, K]" if v_first else "[K, V]"}'
+                rows[name] = dtype, *ours(tokens, states.to(dtype).float(), dtype, v_first)
         if options.fla:
             rows['fla, new states'] = torch.float32, *fla(tokens, states)
         for name, (dtype, step, results) in rows.items():

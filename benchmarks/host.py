@@ -2,20 +2,23 @@
 
     python benchmarks/host.py [--shape B T H D] [--calls N] [--lengths N] [--fla]
 
-The mean over many calls, in microseconds, enqueued while the GPU is kept busy by a long kernel before them; 50 at a time, because the
-driver holds up the host when some thousand launches wait. The first of each 50, behind a wait of the host, can take ten times as long as
-the others, and counts. The inputs are those of `run.py`, which has the time of the GPU too. The columns:
+Times are means over many calls, in microseconds. A long kernel keeps the GPU busy while the calls are made. They are
+made 50 at a time, because the driver holds up the host when some thousand launches wait. The first of each 50 calls
+comes after the host has waited for the GPU. It can take ten times as long as the others, and counts too. The inputs are
+those of `run.py`, which also times the GPU. The columns:
 
 - forward: ready for a backward.
 - both: forward and backward, by `torch.autograd.grad`.
-- one thread: the same under `torch.autograd.set_multithreading_enabled(False)`, which keeps the backward in the caller's thread. Otherwise
-  PyTorch hands it to a thread of its own and waits for it.
+- one thread: the same under `torch.autograd.set_multithreading_enabled(False)`, which keeps the backward in the
+  caller's thread. Otherwise PyTorch hands it to a thread of its own and waits for it.
 
-The first row is what PyTorch takes for itself: an autograd.Function of as many inputs that computes nothing. Such times differ by a factor
-of two from machine to machine, and from one moment to the next on a machine that others use: compare rows of one run.
+The first row is the time of PyTorch itself: an autograd.Function with as many inputs that computes nothing. Such times
+differ by a factor of two from machine to machine, and from one moment to the next on a machine that others use: compare
+rows of one run.
 
-With --lengths there is a second table, of lengths that come only once, as prompts and unpadded batches have them: B 1, H 16, D 128, and T
-from 1000 on in steps of 7, each called once. Neighbours of all these lengths compile the kernels before.
+With --lengths there is a second table. Each length in it comes only once, as the lengths of prompts and of unpadded
+batches do: B 1, H 16, D 128, and T from 1000 on in steps of 7. The kernels are compiled before, by calls with the
+neighbours of all these lengths.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import torch
 SHAPE = (8, 1024, 8, 64)
 AT_ONCE = 50
 WIDTHS = (24, 9, 9, 12)
-# of the stream of lengths: H, D, the first T and the step
+# of the second table: H, D, the first T and the step
 STREAM = (16, 128, 1000, 7)
 
 
@@ -44,7 +47,7 @@ class Nothing(torch.autograd.Function):
 
 
 def mean_time(fn, calls: int) -> float:
-    """Microseconds of a call on the host."""
+    """The microseconds that a call keeps the host."""
     fn()
     times = []
     for _ in range(max(1, calls // AT_ONCE)):
@@ -59,7 +62,7 @@ def mean_time(fn, calls: int) -> float:
 
 
 def stream_times(fn, lengths: int) -> tuple[float, float]:
-    """Microseconds on the host of a forward, and of forward and backward together, the means over lengths that come only once."""
+    """The microseconds that a forward keeps the host, and forward and backward together, where each length is new."""
     H, D, first, step = STREAM
 
     def prepared(T):
@@ -90,9 +93,9 @@ def stream_times(fn, lengths: int) -> tuple[float, float]:
 
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shape', type=int, nargs=4, default=SHAPE, metavar=('B', 'T', 'H', 'D'), help='default: 8 1024 8 64')
+    run.add_shape(parser, 'default: 8 1024 8 64', default=SHAPE)
     parser.add_argument('--calls', type=int, default=1000, help='default: 1000')
-    parser.add_argument('--lengths', type=int, default=0, help='how many of the second table; default: 0, which leaves it out')
+    parser.add_argument('--lengths', type=int, default=0, help='of the second table; default: 0, which leaves it out')
     parser.add_argument('--fla', action='store_true', help="fla-core's chunk and fused_chunk")
     return parser.parse_args(arguments)
 
@@ -113,7 +116,8 @@ def main(arguments=None) -> None:
         print_row(name, *times)
     if options.lengths:
         H, D, first, step = STREAM
-        print(f'\nB1 H{H} D{D}, T from {first} on in steps of {step}, microseconds on the host, means of {options.lengths} calls')
+        stream = f'B1 H{H} D{D}, T from {first} on in steps of {step}'
+        print(f'\n{stream}, microseconds on the host, means of {options.lengths} calls')
         print_row('implementation', 'forward', 'both')
         for name, fn in rows[1:]:
             print_row(name, *stream_times(fn, options.lengths))
@@ -121,7 +125,8 @@ def main(arguments=None) -> None:
 
 def print_row(name: str, *cells: str | float) -> None:
     shown = (x if isinstance(x, str) else f'{x:.1f}' for x in cells)
-    print('| ' + ' | '.join([f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}}' for x, w in zip(shown, WIDTHS[1:]))]) + ' |', flush=True)
+    columns = [f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}}' for x, w in zip(shown, WIDTHS[1:]))]
+    print('| ' + ' | '.join(columns) + ' |', flush=True)
 
 
 if __name__ == '__main__':

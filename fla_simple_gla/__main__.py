@@ -1,8 +1,9 @@
-"""What to paste into a bug report: versions, the GPU, which kernels are chosen and why, and a check of every mode against naive.
+"""Prints what to paste into a bug report.
 
     python -m fla_simple_gla
 
-Exit status 1 where a mode is wrong.
+Versions; the GPU; which kernels are chosen, and why; a check of every mode against naive. The exit status is 1 if a
+mode is wrong.
 """
 
 import os
@@ -16,7 +17,7 @@ import fla_simple_gla
 
 from ._driver import why_not_direct
 from ._triton import INTERPRET, runs_kernels, triton
-from .fused_chunk import why_no_hopper_sweeps
+from .hopper import why_no_sweeps
 
 DIMS = ((64, 64), (128, 128), (256, 256), (512, 512), (100, 60))
 # relative RMS errors of outputs and gradients against naive in fp64
@@ -25,12 +26,14 @@ MODES = ('chunk', 'fused_chunk', 'fused_recurrent', 'parallel')
 
 
 def short(dtype: torch.dtype) -> str:
+    """The usual abbreviation of a dtype."""
     return {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
 
 
 def print_versions(device: torch.device) -> None:
     print(f'fla_simple_gla {fla_simple_gla.__version__}, {os.path.dirname(__file__)}')
-    print(f'python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__ if triton else "not installed"}')
+    triton_version = triton.__version__ if triton else 'not installed'
+    print(f'python {platform.python_version()}, torch {torch.__version__}, triton {triton_version}')
     print(f'{platform.platform()}')
     for name in sorted(name for name in os.environ if name.startswith(('FLA_SIMPLE_GLA', 'TRITON_'))):
         print(f'{name}={os.environ[name]}')
@@ -39,7 +42,8 @@ def print_versions(device: torch.device) -> None:
         runtime = f'ROCm {torch.version.hip}' if torch.version.hip else f'CUDA {torch.version.cuda}'
         print(f'GPU: {properties.name}, compute capability {properties.major}.{properties.minor}, {runtime}')
     else:
-        print('GPU: none; CPU tensors are computed by ' + ("the kernels in Triton's interpreter" if INTERPRET else 'the naive functions'))
+        computed_by = "the kernels in Triton's interpreter" if INTERPRET else 'the naive functions'
+        print(f'GPU: none; CPU tensors are computed by {computed_by}')
 
 
 def print_kernels(device: torch.device) -> None:
@@ -47,7 +51,7 @@ def print_kernels(device: torch.device) -> None:
     print(f'launches: by the CUDA driver{"" if reason is None else f": no, by triton: {reason}"}')
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for K, V in DIMS:
-            reason = why_no_hopper_sweeps(K, V, dtype, device)
+            reason = why_no_sweeps(K, V, dtype, device)
             kernels = 'for Hopper' if reason is None else f'plain: {reason}'
             print(f'kernels of chunk and fused_chunk, {short(dtype)}, K {K}, V {V}: {kernels}')
 
@@ -72,9 +76,9 @@ def worst_error(mode: str, dtype: torch.dtype, D: int, device: torch.device) -> 
 
 
 def check_modes(device: torch.device) -> bool:
-    """Whether every mode is right."""
+    """Whether every mode is right; prints the errors of each."""
     right = True
-    # few, since kernels that were never run here are compiled first
+    # few, since kernels that were never run on this machine are compiled first
     dims = {torch.bfloat16: (64, 128, 256), torch.float16: (128,), torch.float32: (128,)}
     for mode in MODES:
         cells = []
@@ -82,7 +86,7 @@ def check_modes(device: torch.device) -> bool:
             for D in dims[dtype] if device.type == 'cuda' else (16,):
                 try:
                     error = worst_error(mode, dtype, D, device)
-                except Exception as problem:  # noqa: BLE001 (whatever it is belongs into the report)
+                except Exception as problem:  # noqa: BLE001 (any error belongs into the report)
                     cells.append(f'{short(dtype)} D {D} {type(problem).__name__}: {problem}')
                     right = False
                     continue

@@ -53,7 +53,7 @@ def state_slot(indices, i_n, N, P):
 
 
 @jit
-def first_slot(cu_seqlens, i_n, bos, T, BT):
+def first_block(cu_seqlens, i_n, bos, T, BT):
     """Where the slots of number i_n begin, whose first token is bos."""
     if cu_seqlens is None:
         return i_n * tl.cdiv(T, BT)
@@ -68,7 +68,7 @@ def number_of(cu_seqlens, i_s, N, T, BT):
     hi = N
     while lo < hi:
         mid = (lo + hi + 1) // 2
-        if first_slot(cu_seqlens, mid, in_batch(tl.load(cu_seqlens + mid), T), T, BT) <= i_s:
+        if first_block(cu_seqlens, mid, in_batch(tl.load(cu_seqlens + mid), T), T, BT) <= i_s:
             lo = mid
         else:
             hi = mid - 1
@@ -88,7 +88,7 @@ def block_bounds(cu_seqlens, i_s, N, T, BT):
     else:
         i_n = number_of(cu_seqlens, i_s, N, T, BT)
         bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
-        first = bos + (i_s - first_slot(cu_seqlens, i_n, bos, T, BT)) * BT
+        first = bos + (i_s - first_block(cu_seqlens, i_n, bos, T, BT)) * BT
         return (i_n * 0).to(tl.int64), i_n, first, tl.minimum(first + BT, eos), bos, eos
 
 
@@ -101,6 +101,6 @@ def count_numbers(B: int, cu_seqlens: torch.Tensor | None) -> int:
     return B if cu_seqlens is None else cu_seqlens.shape[0] + 1
 
 
-def count_slots(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
+def count_blocks(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
     """Blocks of BT tokens in a batch, or a bound on them, what lies before and after packed sequences included."""
     return B * -(-T // BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0] + 1

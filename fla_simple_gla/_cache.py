@@ -1,4 +1,4 @@
-"""A bounded mapping for what the host computes once and looks up at every later call."""
+"""A bounded mapping, for what the host computes once and looks up at every later call."""
 
 import threading
 from collections.abc import Hashable
@@ -6,28 +6,34 @@ from typing import Any
 
 
 class Cache:
-    """A mapping of at most `2 * size` entries, which drops the least recently used.
+    """A mapping of at most `2 * size` entries, which drops those that were used least recently.
 
-    An entry is new until it is looked up, and kept from then on. New entries make room for new ones, the oldest first, and kept entries
-    for kept ones: so a stream of keys that never come again, such as the lengths of prompts, drops nothing that comes again and again.
+    An entry is new until its first lookup, and kept from then on. New entries only take the places of new ones, and
+    kept entries those of kept ones. So a stream of keys that never come again, such as the lengths of prompts, drops no
+    entry that is looked up again and again.
 
-    The kept entries are two generations of `size // 2`. A lookup moves an entry to the younger one; when that is full the older one is
-    dropped. So the `size // 2` entries used last are always kept, and a lookup in the younger one costs no more than that of a dict.
+    The kept entries are two generations of at most `size // 2`. A lookup moves an entry to the younger generation. When
+    that is full it becomes the older one, whose entries are dropped. So the `size // 2` entries used last are always
+    kept, and a lookup in the younger generation costs no more than a lookup in a dict.
     """
 
     def __init__(self, size: int):
         self.size = size
-        self.new, self.young, self.old = {}, {}, {}
-        self.lock = threading.Lock()  # of the moves: plain lookups need none
+        self.new: dict[Hashable, Any] = {}
+        self.young: dict[Hashable, Any] = {}
+        self.old: dict[Hashable, Any] = {}
+        self.lock = threading.Lock()  # for moves between the three: a lookup in `young` needs none
 
     def __len__(self) -> int:
         return len(self.new) + len(self.young) + len(self.old)
 
-    def get(self, key: Hashable) -> Any | None:
+    def get(self, key: Hashable) -> Any:
+        """The value of a key; None where there is none."""
         value = self.young.get(key)
         return self.keep(key) if value is None else value
 
-    def keep(self, key: Hashable) -> Any | None:
+    def keep(self, key: Hashable) -> Any:
+        """The value of a key that is not in `young`, to which it moves; None where there is none."""
         with self.lock:
             value = self.old.pop(key, None)
             if value is None:
@@ -46,5 +52,5 @@ class Cache:
                     kept[key] = value
                     return
             if len(self.new) >= self.size and key not in self.new:
-                del self.new[next(iter(self.new))]
+                del self.new[next(iter(self.new))]  # the oldest
             self.new[key] = value

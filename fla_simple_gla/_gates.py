@@ -33,12 +33,12 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of
+from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, number_of
 from ._launch import launcher
 from ._layout import cdiv, next_power_of_2
 from ._passes import empty
 from ._plans import Inputs
-from ._triton import jit, tl
+from ._triton import jit, kernel_name, tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # the decay of one gate at or below this is zero in fp32 (no kernel keeps denormal numbers), in units of log 2
@@ -61,14 +61,14 @@ def anchor_tokens(segment: int | None, at_most: int) -> int:
     return next(BA for BA in (384, 256, 128) if BA <= at_most and (segment is None or segment >= LONG_SEGMENT or segment % BA == 0))
 
 
-@jit(do_not_specialize=['N', 'T', 'part'])
+@jit(do_not_specialize=['N', 'T', 'part'], repr=kernel_name('chunk_gates'))
 def chunk_gates_kernel(
     g,  # [B, T, H], any strides
-    c,  # [1 or 2, slots, H, BT]
+    c,  # [1 or 2, chunks, H, BT]
     cu_seqlens,  # [N + 1] or None
     N, T,
     g_b, g_t, g_h,
-    part,  # slots * H * BT
+    part,  # chunks * H * BT
     H: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
@@ -87,7 +87,7 @@ def chunk_gates_kernel(
     whole = tl.floor(b_g + 0.5)
     fraction = tl.cumsum(b_g - whole, 0)
     whole = tl.cumsum(whole, 0)
-    # the whole slot: after a sequence's end the sums go on with gates of zero, and every decay there is finite
+    # the whole chunk: after a sequence's end the sums go on with gates of zero, and every decay there is finite
     p_c = c + (i_s.to(tl.int64) * H + o_h[None, :]) * BT + tl.arange(0, BT)[:, None]
     m_c = (o_h < H)[None, :]
     if TWO_PARTS:
@@ -102,23 +102,23 @@ def chunk_gates_kernel(
 def launch_chunk_gates(tensors):
     g, c, cu_seqlens = tensors
     B, T, H = g.shape
-    parts, slots, _, BT = c.shape
+    parts, chunks, _, BT = c.shape
     BH = min(16, next_power_of_2(H))
-    args = g, c, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), slots * H * BT
-    return chunk_gates_kernel, (slots, cdiv(H, BH), 1), args, dict(H=H, BT=BT, BH=BH, TWO_PARTS=parts == 2, num_warps=4)
+    args = g, c, cu_seqlens, count_sequences(B, cu_seqlens), T, *g.stride(), chunks * H * BT
+    return chunk_gates_kernel, (chunks, cdiv(H, BH), 1), args, dict(H=H, BT=BT, BH=BH, TWO_PARTS=parts == 2, num_warps=4)
 
 
 def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Running sums of `g [B, T, H]` within chunks of BT: `[1, slots, H, BT]`, or `[2, slots, H, BT]`, whole numbers and fractions."""
+    """Running sums of `g [B, T, H]` within chunks of BT: `[1, chunks, H, BT]`, or `[2, chunks, H, BT]`, whole numbers and fractions."""
     B, T, H = g.shape
-    slots = count_slots(B, T, BT, cu_seqlens)
-    c = empty(g, 1 + two_parts, slots, H, BT, dtype=torch.float32)
-    if slots:
+    chunks = count_blocks(B, T, BT, cu_seqlens)
+    c = empty(g, 1 + two_parts, chunks, H, BT, dtype=torch.float32)
+    if chunks:
         launch_chunk_gates((g, c, cu_seqlens))
     return c
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'negligible', 'part', 'blocks'])
+@jit(do_not_specialize=['N', 'T', 'segment', 'negligible', 'part', 'blocks'], repr=kernel_name('gate_gradient'))
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, y, z,  # [NW, NY or NW, B, H, T], to be added up
@@ -148,8 +148,8 @@ def gate_gradient_kernel(
         if segment > 0:
             # Where bounds decrease, slots of segments may be another sequence's though this one of a block is not: nothing was left for
             # it then. The numbers that slots belong to never decrease, so that the first and the last segment tell of those in between.
-            s_first = first_slot(cu_seqlens, i_n, bos, T, segment) + tl.maximum(first - 1 - bos, 0) // segment
-            s_last = first_slot(cu_seqlens, i_n, bos, T, segment) + tl.maximum(end - 1 - bos, 0) // segment
+            s_first = first_block(cu_seqlens, i_n, bos, T, segment) + tl.maximum(first - 1 - bos, 0) // segment
+            s_last = first_block(cu_seqlens, i_n, bos, T, segment) + tl.maximum(end - 1 - bos, 0) // segment
             swept &= number_of(cu_seqlens, s_first, N, T, segment) == i_n
             swept &= number_of(cu_seqlens, s_last, N, T, segment) == i_n
     # limits and not masks that are `& first < read_end`: the interpreter of triton 3.9 makes those int32, and refuses them
@@ -240,7 +240,7 @@ def launch_gate_gradient(tensors, setting, BT, eps, state):
     g, _, w, y, _, s_ds, cu_seqlens = tensors
     BA, segment = setting.BA, setting.segment or 0
     B, T, H = g.shape
-    blocks = count_slots(B, T, BA, cu_seqlens)
+    blocks = count_blocks(B, T, BA, cu_seqlens)
     BH = min(4, next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
     negligible = math.log2(eps) - 3
@@ -255,7 +255,7 @@ def gate_gradient(parts: GateParts, inputs: Inputs, setting, BT: int) -> torch.T
     g, cu_seqlens = inputs.g, inputs.cu_seqlens
     B, T, H = g.shape
     dg = empty(g, B, T, H)
-    if count_slots(B, T, setting.BA, cu_seqlens):
+    if count_blocks(B, T, setting.BA, cu_seqlens):
         eps = torch.finfo(inputs.q.dtype).eps
         launch_gate_gradient((g, dg, *parts, cu_seqlens), setting, BT, eps, inputs.initial_state is not None)
     return dg

@@ -70,6 +70,11 @@ def use_descriptors(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
+    """The first n strides of x, or zeros where there is none."""
+    return (0,) * n if x is None else x.stride()[:n]
+
+
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:
     """x itself where its last dimension is contiguous, whatever the others are; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,20 +1,21 @@
-"""Passes over kernels, and their replay at a fraction of what they keep the host.
+"""Runs passes over kernels, and replays them in a fraction of the time that they take on the host.
 
-A pass is what a mode runs on the GPU in one go, forward or backward: it allocates, and launches. With which numbers it does so follows from
-its own numbers and from the layouts of the tensors that it is given. The first call with some of these runs the pass. The second, too,
-and what it does is recorded. Later ones replay the record: they allocate, put in the addresses, and call the CUDA driver (`_driver.py`).
+A pass is what a mode runs on the GPU in one go, forward or backward: allocations and launches. Their sizes, grids and
+constants follow from the numbers that the pass is called with, and from the layouts of its tensors. The first call with
+such numbers and layouts runs the pass. The second call runs it too, and records what it does. Later calls replay the
+record: they allocate, fill in the addresses, and call the CUDA driver (`_driver.py`).
 
-A record holds allocations and launches, and nothing else that a pass might do with its tensors. So nothing else is let through while one
-is made: it is an error (`AllocationsAndViews`).
+A record holds allocations and launches only. So while a pass is recorded, any other operation on a tensor is an error,
+except for views (`AllocationsAndViews`).
 
-Memory: a record has some 3 KB beside its launches. At most 1,024 are kept of passes without a plan (`_cache.py`), and one of each pass
-for a plan.
+Memory: a record takes some 3 KB, and its launches some more. At most `MAX_RECORDS` are kept for passes that are called
+without a plan (`_cache.py`). A plan keeps one record for each of its passes.
 """
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,50 +24,57 @@ from ._cache import Cache
 from ._driver import Launch, picker, why_not_direct
 from ._private import current_stream, launches_are_observed
 
+# In a replay, tensors of at most so many bytes share one allocation. They are freed at the end of the replay, and not
+# after their last launches.
+MAX_SHARING_BYTES = 2**24
+# The addresses of tensors that share an allocation are multiples of this: more than any load or descriptor needs.
+ALIGNMENT_BYTES = 256
+MAX_RECORDS = 2048  # of passes that are called without a plan
+
 # Triton's interpreter replaces functions of `triton.language` while a kernel runs: one thread at a time.
 interpreting = threading.RLock()
 
 
 class Pass(NamedTuple):
-    """The pass that runs in a thread."""
+    """A pass that a thread is running."""
 
     run: Callable
     arguments: tuple
     device: int
-    direct: bool  # whether its launches are for the driver
-    record: 'Record | None' = None  # that is being made of it
-    dry: list | None = None  # of a dry run, what it would launch
+    direct: bool  # whether the CUDA driver launches its kernels, and not triton
+    record: 'RecordedPass | None' = None  # to which what it does is added
+    dry: list | None = None  # in a dry run, to which what it would launch is added
 
 
 class Thread(threading.local):
-    def __init__(self):
-        self.running = None
-        self.devices = set()  # whose contexts this thread has made its own
+    """What is known of the current thread."""
+
+    def __init__(self) -> None:
+        self.running: Pass | None = None
+        self.devices: set[int] = set()  # the devices whose contexts are current in this thread
 
 
 thread = Thread()
-# Bytes of a tensor that a replay may keep until its end, so that it shares one allocation with all others of no more
-SMALL = 2**24
-# What addresses are multiples of, of tensors that share an allocation: more than any load or descriptor asks for
-ALIGNMENT = 256
-# Of passes without a plan, by their numbers and the layouts of their tensors: SEEN, a record, or UNKNOWN where there can be none. Plans
-# have those of theirs.
-records = Cache(1024)
+# For a pass, its numbers and the layouts of its tensors: SEEN after the first call, then the record, or UNKNOWN where
+# the pass cannot be recorded. A plan has such a mapping of its own.
+records = Cache(MAX_RECORDS // 2)
 SEEN, UNKNOWN = 'seen', 'unknown'
 
 
 def device_pass(run: Callable) -> Callable:
-    """Decorates a pass, `run(tensors, *numbers)`, which is then called so, or with a plan from which the numbers and layouts follow.
+    """Decorates a pass, `run(tensors, *numbers)`. It is then called in the same way, or with a plan in addition.
 
-    It runs on the device of the first tensor, which is not None, and returns a tuple of tensors that it was given or allocated, and None.
-    All it does with tensors is to allocate them with `empty` and `zeros`, to take views, and to launch. How it does so depends on nothing
-    but the numbers, which are hashable, and of the tensors on dtypes, shapes, strides, whether an address is a multiple of 16, which are
-    None, and which share an address. A pass that is called in another is part of it.
+    The first tensor is not None, and the pass runs on its device. A pass returns a tuple, each item of which is a
+    tensor that it was given, a tensor that it allocated, or None. It allocates tensors with `empty` and `zeros`, takes
+    views, and launches; it does nothing else with tensors. What it does depends only on the numbers, which are
+    hashable, and on these properties of the tensors: dtypes, shapes, strides, which addresses are multiples of 16,
+    which tensors are None, and which share an address. If a plan is given, all of that follows from the plan. A pass
+    that is called by another one is a part of it.
     """
 
     @functools.wraps(run)
-    def call(tensors: tuple[torch.Tensor | None, ...], *numbers, plan=None) -> tuple[torch.Tensor | None, ...]:
-        x = tensors[0]
+    def call(tensors: tuple[torch.Tensor | None, ...], *numbers: Any, plan: Any = None) -> tuple:
+        x: Any = tensors[0]
         if thread.running is not None:
             return run(tensors, *numbers)
         if not on_gpu(x):
@@ -80,16 +88,18 @@ def device_pass(run: Callable) -> Callable:
             enter_context(x)
         if why_not_direct() is not None or launches_are_observed():
             return run_pass(Pass(run, (tensors, *numbers), device, direct=False))
+        kept: Any
+        key: Hashable
         if plan is not None and plan.cached:
             kept, key = plan.records, run
         else:
             kept, key = records, (run, device, numbers, layouts(tensors))
         record = kept.get(key)
-        if type(record) is Record:
+        if type(record) is RecordedPass:
             return record.replay(tensors, device)
         this = Pass(run, (tensors, *numbers), device, direct=True)
         if record is SEEN:
-            record = Record(tensors)
+            record = RecordedPass(tensors)
             results = run_pass(this._replace(record=record))
             kept[key] = record if record.finish(results) else UNKNOWN
             return results
@@ -107,24 +117,26 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 
 def enter_context(x: torch.Tensor) -> None:
-    """Make the context of x's device that of this thread.
+    """Make the CUDA context of x's device current in this thread.
 
-    A thread that has not used the GPU itself has none, such as autograd's when its memory was there before. Triton's launches look
-    for one, but to encode a descriptor fails without ("invalid device context").
+    A thread that has not used the GPU yet has no context: autograd's thread has none if all its memory was allocated
+    before. Triton sets a context at a launch, but encoding a descriptor fails without one ("invalid device context").
     """
-    x.new_zeros(1)  # any call that starts something there
+    x.new_zeros(1)  # any call that starts something on the device
     thread.devices.add(x.get_device())
 
 
 def layouts(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
-    """Of each tensor all that a plan or a record may depend on."""
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
-    found = [None if x is None else (x.dtype, x.shape, x.stride(), address % 16) for x, address in zip(tensors, addresses)]
+    """All properties of the tensors that a record may depend on."""
+    addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
+    found = [
+        None if x is None else (x.dtype, x.shape, x.stride(), address % 16) for x, address in zip(tensors, addresses)
+    ]
     return *found, shared(addresses)
 
 
-def shared(addresses: list[int | None]) -> tuple | None:
-    """Which of the addresses are the same, if any are: records tell tensors by their addresses."""
+def shared(addresses: list[Any]) -> tuple | None:
+    """Which of the addresses are equal; None where no two are. Records identify a tensor by its address."""
     nones = addresses.count(None)
     if len({*addresses}) == len(addresses) - nones + bool(nones):
         return None
@@ -132,15 +144,17 @@ def shared(addresses: list[int | None]) -> tuple | None:
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor on like's device, and of its dtype if none is given: what a pass allocates."""
+    """An uninitialised tensor that a pass allocates, on the device of `like`, and by default of its dtype."""
     return allocate(like, 'new_empty', shape, dtype or like.dtype)
 
 
 def zeros(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The same, filled with zeros."""
     return allocate(like, 'new_zeros', shape, dtype or like.dtype)
 
 
-def allocate(like, how, shape, dtype):
+def allocate(like: torch.Tensor, how: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor made by the method `how` of `like`, and recorded. In a dry run it is on the meta device."""
     this = thread.running
     if this is not None and this.dry is not None:
         return torch.empty(shape, dtype=dtype, device='meta')
@@ -151,53 +165,56 @@ def allocate(like, how, shape, dtype):
 
 
 class Allocation(NamedTuple):
-    """A tensor that a pass allocates: by which method of a tensor, and like which of those that it was given, if any."""
+    """A tensor that a pass allocates."""
 
-    how: str
+    how: str  # the method of a tensor that makes it
     shape: tuple[int, ...]  # no torch.Size, which takes longer to read
     strides: tuple[int, ...]
     dtype: torch.dtype
     size: int  # bytes
-    twin: int | None
+    twin: int | None  # the number of a given tensor with the same dtype, shape and strides, if there is one
 
     def maker(self) -> Callable:
-        """A function that allocates it, from the tensors so far."""
+        """A function that allocates the tensor. It takes the list of all tensors; the given ones come first."""
         how, shape, strides, dtype, _, twin = self
         if how == 'new_zeros':
             return lambda tensors: tensors[0].new_zeros(shape, dtype=dtype)
         if twin is not None:
             return lambda tensors: torch.empty_like(tensors[twin])
-        # a twin takes half the time of `new_empty`, and strides three quarters
+        # `empty_like` takes half the time of `new_empty`, and `new_empty_strided` three quarters
         return lambda tensors: tensors[0].new_empty_strided(shape, strides, dtype=dtype)
 
 
 class Step(NamedTuple):
-    """Of a replay: a launch; or a tensor, by its number, and what allocates it, or None to free it."""
+    """A step of a replay: a launch, or else the allocation or the end of one tensor."""
 
     launch: Launch | None
-    number: int | None = None
-    make: Callable | None = None
+    number: int | None = None  # of the tensor
+    make: Callable | None = None  # allocates the tensor; None frees it
 
 
-class Record:
-    """What a pass did, in terms of tensors by number: those it was given, then those it allocated. It holds on to none of them."""
+class RecordedPass:
+    """What a pass did, in terms of numbers of tensors: first those it was given, then those it allocated.
+
+    It keeps no tensor alive.
+    """
 
     def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
         self.given = len(tensors)
-        self.allocations = []
-        self.steps = []
+        self.allocations: list[Allocation] = []
+        self.steps: list[Step] = []
         self.is_complete = True
         self.twins = {
-            (x.dtype, x.shape): i
-            for i, x in enumerate(tensors)
-            if type(x) is torch.Tensor and x.is_contiguous()
+            (x.dtype, x.shape): i for i, x in enumerate(tensors) if type(x) is torch.Tensor and x.is_contiguous()
         }
-        # The latest with an address or an identity is the one that is alive, and of the given ones the first.
+        # Several tensors can have the same address or identity, one after the other: the last one is alive. Of given
+        # tensors that share an address the first one counts.
         numbered = [(i, x) for i, x in enumerate(tensors) if x is not None]
         self.by_address = {x.data_ptr(): i for i, x in reversed(numbered)}
         self.by_identity = {id(x): i for i, x in reversed(numbered)}
 
     def allocated(self, x: torch.Tensor, how: str) -> None:
+        """Record that the pass has allocated x by the method `how`."""
         number = self.given + len(self.allocations)
         self.by_address[x.data_ptr()] = self.by_identity[id(x)] = number
         twin = self.twins.get((x.dtype, x.shape)) if how == 'new_empty' else None
@@ -205,7 +222,7 @@ class Record:
         self.steps.append(Step(None, number, self.allocations[-1].maker()))
 
     def launched(self, launch: Launch | None, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """A launch of these tensors, None if it was not the driver's."""
+        """Record that the pass has launched a kernel with these tensors. The launch is None if triton has made it."""
         numbers = [None if x is None else self.by_address.get(x.data_ptr()) for x in tensors]
         if launch is None or any(x is not None and number is None for x, number in zip(tensors, numbers)):
             self.is_complete = False
@@ -213,21 +230,24 @@ class Record:
             self.steps.append(Step(launch.renumbered(numbers)))
 
     def finish(self, results: tuple[torch.Tensor | None, ...]) -> bool:
-        """Whether all of the pass is known, so that it can be replayed."""
-        self.nones = [None] * (len(self.allocations) + 1)  # places of tensors to come, and the None of the results
-        self.results = [-1 if x is None else self.by_identity.get(id(x)) for x in results]
+        """Prepare the replay. Returns whether there can be one: whether all that the pass did is known."""
+        # the places of the allocated tensors, and last the None among the results
+        self.nones = [None] * (len(self.allocations) + 1)
+        self.results: list[Any] = [-1 if x is None else self.by_identity.get(id(x)) for x in results]
         self.is_complete &= None not in self.results
         self.pick = picker(self.results)
-        # Small ones that are not among the results share an allocation, at these offsets.
-        self.offsets = [None] * len(self.allocations)
-        self.shared = 0
+        # Small tensors that are not among the results share an allocation, at these offsets.
+        self.offsets: list[int | None] = [None] * len(self.allocations)
+        self.shared_bytes = 0
         for i, allocation in enumerate(self.allocations):
-            if allocation.how == 'new_empty' and allocation.size <= SMALL and self.given + i not in self.results:
-                self.offsets[i] = self.shared
-                self.shared += -(-allocation.size // ALIGNMENT) * ALIGNMENT
+            is_small = allocation.size <= MAX_SHARING_BYTES
+            if allocation.how == 'new_empty' and is_small and self.given + i not in self.results:
+                self.offsets[i] = self.shared_bytes
+                self.shared_bytes += -(-allocation.size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         sharing = {self.given + i for i, offset in enumerate(self.offsets) if offset is not None}
-        # The others are freed after their last launch.
-        needed, steps = {*self.results, *range(self.given), *sharing}, []
+        # Other tensors are freed after their last launch.
+        needed = {*self.results, *range(self.given), *sharing}
+        steps: list[Step] = []
         for step in reversed(self.steps):
             if step.launch is not None:
                 used = {*step.launch.pointers, *(i for _, i, _ in step.launch.maps)}
@@ -239,31 +259,33 @@ class Record:
         del self.by_address, self.by_identity, self.allocations, self.twins
         return self.is_complete
 
-    def replay(self, tensors: tuple[torch.Tensor | None, ...], device: int) -> tuple[torch.Tensor | None, ...]:
-        like, stream = tensors[0], current_stream(device)
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
-        if self.shared:
-            # the largest integer, with which PyTorch can be told to fill it, is NaN in every floating dtype
-            memory = like.new_empty_strided((self.shared // 4,), (1,), dtype=torch.int32)
+    def replay(self, given: tuple[Any, ...], device: int) -> tuple:
+        """Do with other tensors what the pass did. Returns what the pass returns."""
+        like, stream = given[0], current_stream(device)
+        addresses = [None if x is None else x.data_ptr() for x in given]
+        if self.shared_bytes:
+            # PyTorch can be told to fill new memory with the largest integer: a NaN in every floating dtype
+            memory = like.new_empty_strided((self.shared_bytes // 4,), (1,), dtype=torch.int32)
             start = memory.data_ptr()
             addresses += [None if offset is None else start + offset for offset in self.offsets]
         else:
             addresses += self.offsets
-        tensors = [*tensors, *self.nones]
+        tensors: list[Any] = [*given, *self.nones]
+        number: Any
         for launch, number, make in self.steps:
             if launch is not None:
                 launch.start(addresses, like, stream)
             elif make is None:
                 tensors[number] = None
             else:
-                # by no name of its own, which would keep it from being freed
+                # a name of its own would keep the tensor from being freed
                 tensors[number] = make(tensors)
                 addresses[number] = tensors[number].data_ptr()
         return self.pick(tensors)
 
 
-def run_pass(this: Pass) -> tuple[torch.Tensor | None, ...]:
-    """Run a pass, and record what it does if it has a record."""
+def run_pass(this: Pass) -> tuple:
+    """What the pass returns. It runs, and is recorded if it has a record."""
     thread.running = this
     try:
         if this.record is None:
@@ -275,8 +297,8 @@ def run_pass(this: Pass) -> tuple[torch.Tensor | None, ...]:
 
 
 def dry_run(this: Pass) -> list:
-    """What a pass launches: it runs without memory for what it allocates, and without launches."""
-    found = []
+    """What a pass would launch, as `_launch.Prepared`: it runs, but neither allocates memory nor launches."""
+    found: list = []
     thread.running = this._replace(dry=found, record=None)
     try:
         with AllocationsAndViews():
@@ -289,9 +311,11 @@ def dry_run(this: Pass) -> list:
 class AllocationsAndViews(TorchDispatchMode):
     """Refuses operations that compute or write."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         returns = func._schema.returns
         view = returns and all(result.alias_info is not None and not result.alias_info.is_write for result in returns)
         if not view and func.overloadpacket.__name__ not in ('empty', 'new_empty', 'new_zeros'):
-            raise RuntimeError(f'a pass only allocates, takes views and launches, but calls {func}: call it outside of the pass')
+            raise RuntimeError(
+                f'a pass only allocates, takes views and launches, but calls {func}: call it outside of the pass'
+            )
         return func(*args, **kwargs or {})

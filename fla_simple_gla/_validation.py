@@ -1,8 +1,8 @@
-"""What every mode asks of its arguments, checked on the host: of types, shapes and devices, which never synchronises, and of contents."""
+"""Checks the arguments of every mode, on the host: types, shapes and devices without synchronisation; and contents."""
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +11,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Call(NamedTuple):
-    """The arguments of a call, by their public names. A mode that lacks one leaves it at what it is here."""
+    """The arguments of a call, by their public names. A mode without some argument leaves it at the default here."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -30,19 +30,23 @@ class Call(NamedTuple):
     chunk_size: int | None = None
     output_attentions: bool = False
 
-    def optional_tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def optional_tensors(self) -> tuple[Any, ...]:
+        """The tensors, and None for those that are not given."""
         return self[:TENSORS]
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Those that are given."""
+    def tensors(self) -> list[Any]:
+        """The tensors that are given."""
         return [x for x in self[:TENSORS] if x is not None]
 
 
-TENSORS = Call._fields.index('scale')  # how many of the arguments are tensors, which are the first
+TENSORS = Call._fields.index('scale')  # so many of the arguments are tensors: they come first
 
 
 def check_call(call: Call) -> float:
-    """Raise a `TypeError` or `ValueError` that names the argument, what it got and what it needs; return the scale."""
+    """The scale. Raises a `TypeError` or `ValueError` if an argument is wrong.
+
+    The error names the argument, what it must be and what it is.
+    """
     _check_tokens(call)
     _check_gates(call)
     _check_packing(call)
@@ -149,7 +153,7 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 def _check_scale(scale: float | None, K: int) -> float:
     if scale is None:
-        return K ** -0.5
+        return K**-0.5
     if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f'scale must be a number or None, got {type(scale).__name__}')
     if not -math.inf < scale < math.inf:
@@ -158,37 +162,42 @@ def _check_scale(scale: float | None, K: int) -> float:
 
 
 def check_no_gradients(call: Call) -> None:
-    """What is written in place keeps no history: raise a `ValueError` if a gradient would be asked for."""
+    """Raise a `ValueError` if a tensor needs gradients: autograd cannot go back through states written in place."""
     if torch.is_grad_enabled():
         for name, x in zip(Call._fields, call.optional_tensors()):
             if x is not None and x.requires_grad:
                 raise ValueError(
-                    f'{name} must not need gradients with state_indices or intermediate_states_buffer, which are for inference: call '
-                    'under torch.no_grad()'
+                    f'{name} must not need gradients with state_indices or intermediate_states_buffer, which are for '
+                    'inference: call under torch.no_grad()'
                 )
 
 
 def under_autocast(call: Call) -> Call:
-    """The call with q, k and v in the dtype of an enclosing `torch.autocast`; gates and states are left in theirs."""
+    """The call with q, k and v in the dtype of an enclosing `torch.autocast`. Gates and states keep their dtypes."""
     if not isinstance(call.q, torch.Tensor):
         return call
     device = 'cuda' if call.q.is_cuda else call.q.device.type
     if device == 'meta' or not torch.is_autocast_enabled(device):
         return call
     dtype = torch.get_autocast_dtype(device)
-    cast = (x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call[:3])
-    return Call(*cast, *call[3:])
+    q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call[:3])
+    return Call(q, k, v, *call[3:])
 
 
 def _check_dense(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
     if x.is_nested:
-        raise TypeError(f'{name} is a nested tensor: pack the sequences along T of a batch of one, and pass their boundaries as cu_seqlens')
+        raise TypeError(
+            f'{name} is a nested tensor: pack the sequences along T of a batch of one, and pass their boundaries as '
+            'cu_seqlens'
+        )
     if x.layout is not torch.strided:
         raise TypeError(f'{name} must be a dense (strided) tensor, got one of layout {x.layout}')
     if not torch.compiler.is_compiling() and any(base.__name__ == 'DTensor' for base in type(x).__mro__):
-        raise TypeError(f'{name} is a DTensor: pass the part of this rank, {name}.to_local(), with the heads or the sequences split')
+        raise TypeError(
+            f'{name} is a DTensor: pass the part of this rank, {name}.to_local(), with the heads or the sequences split'
+        )
 
 
 def _check_floats(name: str, x: torch.Tensor) -> None:
@@ -217,14 +226,17 @@ def _check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def _check_written(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
-    """What is read and written in place."""
+    """Check a tensor that is read and written in place."""
     _check_floats(name, x)
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and q.device.type == 'cpu'):
         raise TypeError(f'{name} is written in place, and must be bfloat16, float16 or float32, got {x.dtype}')
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError(f'{name} is written in place, and must not be a negated view: pass what it is a view of')
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-        raise ValueError(f'{name} is written in place, and must not overlap with itself: got strides {x.stride()} of shape {_shape(x)}')
+        raise ValueError(
+            f'{name} is written in place, and must not overlap with itself: got strides {x.stride()} of shape '
+            f'{_shape(x)}'
+        )
     _check_device(name, x, q)
 
 
@@ -233,11 +245,16 @@ def _shape(x: torch.Tensor) -> list[int]:
 
 
 def check_contents(
-    cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None, state_indices: torch.Tensor | None, T: int, P: int | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_cpu: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    T: int,
+    P: int = 0,
 ) -> None:
-    """Raise a `ValueError` if the contents make no sense, of T tokens and a pool of P slots, or None. On a GPU it waits for them.
+    """Raise a `ValueError` if the contents make no sense for T tokens and a pool of P slots. This waits for a GPU.
 
-    Kernels do without: what is wrong there leads to zeros or to other sequences than were meant.
+    Kernels do not need the check: if the contents are wrong, their results are zeros, or those of other sequences than
+    were meant.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -251,12 +268,16 @@ def check_contents(
         if cu_seqlens_cpu is not None:
             for i, (copy, bound) in enumerate(zip(cu_seqlens_cpu.tolist(), bounds)):
                 if copy != bound:
-                    raise ValueError(f'cu_seqlens_cpu must equal cu_seqlens, got {copy} at index {i} where that has {bound}')
+                    raise ValueError(
+                        f'cu_seqlens_cpu must equal cu_seqlens, got {copy} at index {i} where that has {bound}'
+                    )
     if state_indices is not None:
-        named = {}
+        named: dict[int, int] = {}
         for i, slot in enumerate(state_indices.tolist()):
             if slot >= P:
                 raise ValueError(f'state_indices must be below the {P} slots of the pool, got {slot} at index {i}')
             if slot >= 0 and slot in named:
-                raise ValueError(f'state_indices must not name a slot twice, got {slot} at index {named[slot]} and at index {i}')
+                raise ValueError(
+                    f'state_indices must not name a slot twice, got {slot} at index {named[slot]} and at index {i}'
+                )
             named[slot] = i

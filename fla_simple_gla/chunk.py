@@ -25,41 +25,29 @@ import functools
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, number_of, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, number_of, sequence_bounds, state_slot
 from ._gates import UNDERFLOW
 from ._launch import launcher
-from ._layout import cdiv, exists, is_hopper, load_rows, multiprocessors, next_power_of_2, open_rows, use_descriptors
+from ._layout import cdiv, exists, is_hopper, load_rows, multiprocessors, next_power_of_2, open_rows, strides, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl
+from ._sweeps import Operands, Setting, SweepConfig, final_states
+from ._triton import jit, kernel_name, tl
 from ._validation import Call
-from .fused_chunk import (
-    Config,
-    Operands,
-    Setting,
-    as_sweeps_read,
-    final_states,
-    gradients,
-    hopper_for,
-    hopper_module,
-    naive,
-    outputs,
-    strides,
-    sweep_config,
-    sweep_gates,
-)
+from .fused_chunk import gradients, naive, outputs, sweep_config, sweep_gates
+from .hopper import Sweeps, as_taken, sweeps_for, sweeps_of
 
 SCAN = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
 
-@jit(do_not_specialize=['N', 'T', 'segment', 'reverse', 'c_part', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'segment', 'reverse', 'c_part', 'scale'], repr=kernel_name('summary'))
 def summary_kernel(
     k,  # [B, T, H // GK, K], any strides with contiguous rows
     v,  # [B, T, H, V], likewise
-    c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
-    states,  # [segment slots, H, K, V]
-    decays,  # [segment slots, H]: -1 where no state is left; or None, where there are neither gates nor packed sequences
+    c,  # [1 or 2, chunks, H, BT]: running sums of the gates, or None
+    states,  # [segments, H, K, V]
+    decays,  # [segments, H]: -1 where no state is left; or None, where there are neither gates nor packed sequences
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -67,7 +55,7 @@ def summary_kernel(
     reverse,  # 1 back in time, else 0
     k_b, k_t, k_h,
     v_b, v_t, v_h,
-    c_part,  # chunk slots * H * BT
+    c_part,  # chunks * H * BT
     H: tl.constexpr,
     GK: tl.constexpr,
     K: tl.constexpr,
@@ -99,8 +87,8 @@ def summary_kernel(
     r_k = open_rows(k + i_b * k_b + i_f * k_t + i_h // GK * k_h, k_t, L, K, BT, BK, TMA)
     r_v = open_rows(v + i_b * v_b + i_f * v_t + i_h * v_h, v_t, L, V, BT, BV, TMA)
     if c is not None:
-        c_slot = first_slot(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
-        c += (c_slot.to(tl.int64) * H + i_h) * BT
+        first_chunk = first_block(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
+        c += (first_chunk.to(tl.int64) * H + i_h) * BT
 
     r = tl.arange(0, BT)
     start = 0
@@ -158,11 +146,11 @@ def summary_kernel(
             tl.store(decays + i_s, decay)
 
 
-@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'reverse'])
+@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'reverse'], repr=kernel_name('combine'))
 def combine_kernel(
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
-    states,  # [segment slots, H, K, V]: what each segment leaves of itself; then the states that each begins with
-    decays,  # [segment slots, H]: -1 where a segment left nothing of itself; or None
+    states,  # [segments, H, K, V]: what each segment leaves of itself; then the states that each begins with
+    decays,  # [segments, H]: -1 where a segment left nothing of itself; or None
     state_out,  # [N, H, K, V], any strides: the last states, of those sequences of which no sweep leaves one; or None
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of state_in; or None
@@ -192,7 +180,7 @@ def combine_kernel(
         bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
         L = eos - bos
     segments = tl.maximum(tl.cdiv(L, segment), 1)
-    slot = first_slot(cu_seqlens, i_n, bos, T, segment)
+    base = first_block(cu_seqlens, i_n, bos, T, segment)
 
     if state_in is not None:
         i_p = state_slot(indices, i_n, N, P)
@@ -204,12 +192,12 @@ def combine_kernel(
         b_s = tl.zeros([BS], tl.float32)
     if cu_seqlens is not None and state_out is not None:
         # A sequence without tokens ends as it begins. So does, where bounds decrease, one whose last segment has another's slot.
-        s_last = slot + tl.where(reverse != 0, 0, segments - 1)
+        s_last = base + tl.where(reverse != 0, 0, segments - 1)
         if (L == 0) | (number_of(cu_seqlens, s_last, N, T, segment) != i_n):
             tl.store(state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k * so_k + o_v * so_v, b_s, mask=m_s)
     # stages: the loads do not wait for the sum
     for i in tl.range(0, segments, num_stages=4):
-        i_s = slot + tl.where(reverse != 0, segments - 1 - i, i)
+        i_s = base + tl.where(reverse != 0, segments - 1 - i, i)
         i_s = i_s.to(tl.int64) * H + i_h
         p_s = states + i_s * (K * V) + o_s
         # not masked by what the decay says, for which this load would have to wait
@@ -251,16 +239,16 @@ def launch_combine(tensors, N, T, segment, reverse):
 
 
 def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
-    """The state before each segment `[segment slots, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
+    """The state before each segment `[segments, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
     for k and v, the gradient of the state after each segment, from that after each sequence. state_out gets the last states of sequences
     without tokens; those of others the sweeps leave.
     """
     _, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
     N = count_sequences(B, cu_seqlens)
-    slots = count_slots(B, T, setting.segment, cu_seqlens)
-    states = empty(k, slots, H, K, V, dtype=torch.float32)
-    decays = None if c is None and cu_seqlens is None else empty(k, slots, H, dtype=torch.float32)
+    segments = count_blocks(B, T, setting.segment, cu_seqlens)
+    states = empty(k, segments, H, K, V, dtype=torch.float32)
+    decays = None if c is None and cu_seqlens is None else empty(k, segments, H, dtype=torch.float32)
     launch_summary((k, v, c, states, decays, cu_seqlens), setting)
     launch_combine((state, states, decays, state_out, cu_seqlens, indices), N, T, setting.segment, setting.reverse)
     return states
@@ -302,7 +290,7 @@ GRAIN = 256
 
 @functools.lru_cache(4096)
 def segment_tokens(
-    rows: int, T: int, H: int, V: int, config: Config, device: torch.device, specialized: bool, sequences: int | None = None,
+    rows: int, T: int, H: int, V: int, config: SweepConfig, device: torch.device, specialized: bool, sequences: int | None = None,
 ) -> int | None:
     """Tokens to a segment, a multiple of GRAIN, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
     they stay in one piece. config is that of the plain sweeps; specialized is whether those for Hopper take their place.
@@ -340,7 +328,7 @@ def segment_tokens(
 
 
 @device_pass
-def forward_pass(inputs: Inputs, options: Options, hopper, setting: Setting):
+def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None, setting: Setting):
     """o, the final state or None, the states before the segments, and the sums of the gates."""
     q, k, v, _, state, cu_seqlens, indices, _ = inputs
     c = None if setting.segment is None and hopper else sweep_gates(inputs)
@@ -374,13 +362,13 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     B, T, _, K = q.shape
     H, V = inputs.v.shape[2:]
     sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    config, specialized = sweep_config(K, V, q.dtype, q.device), hopper_module(K, V, q.dtype, q.device) is not None
+    config, specialized = sweep_config(K, V, q.dtype, q.device), sweeps_of(K, V, q.dtype, q.device) is not None
     return segment_tokens(B, T, H, V, config, q.device, specialized, sequences)
 
 
 def choices(inputs: Inputs, options: Options):
     """The module of the sweeps for Hopper if they take these inputs, and how the sweeps go."""
-    return hopper_for(*inputs[:3]), Setting(options.scale, tokens_to_a_segment(inputs), precision=options.precision)
+    return sweeps_for(*inputs[:3]), Setting(options.scale, tokens_to_a_segment(inputs), precision=options.precision)
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
@@ -391,10 +379,10 @@ def forward(inputs: Inputs, plan: Plan) -> Results:
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (state, c), (do, dht) = kept, given
-    _, setting = plan.once(choices, inputs, plan.options)
+    hopper, setting = plan.once(choices, inputs, plan.options)
     if setting.segment is None:
         state = inputs.initial_state
-    return backward_pass((*inputs, state, c, as_sweeps_read(do, inputs, plan), dht), needs, setting)
+    return backward_pass((*inputs, state, c, as_taken(do, hopper is not None), dht), needs, setting)
 
 
 def count_states(inputs: Inputs) -> int | None:
@@ -404,7 +392,7 @@ def count_states(inputs: Inputs) -> int | None:
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return None
     segment = tokens_to_a_segment(inputs)
-    return 0 if segment is None else count_slots(*q.shape[:2], segment, cu_seqlens)
+    return 0 if segment is None else count_blocks(*q.shape[:2], segment, cu_seqlens)
 
 
 mode = Mode('chunk', forward, backward, naive, count_states=count_states)

@@ -27,28 +27,29 @@ the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
+from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
 from ._launch import launcher
-from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, transposed, use_descriptors
+from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, strides, transposed, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, switched_off, tl, warn_once, why_not
+from ._sweeps import Operands, Setting, SweepConfig, count_swept, final_states
+from ._triton import jit, kernel_name, tl
 from ._validation import Call
+from .hopper import CHUNK_TOKENS, Sweeps, as_taken, sweeps_for
 from .naive import naive_chunk_simple_gla
 
 
-@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'scale'], repr=kernel_name('sweep'))
 def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
-    c,  # [1 or 2, chunk slots, H, BT]: running sums of the gates, or None
-    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segment slots, H, K, V], any strides, or None
+    c,  # [1 or 2, chunks, H, BT]: running sums of the gates, or None
+    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
@@ -69,8 +70,9 @@ def sweep_kernel(
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     part,  # B * H * T
-    c_part,  # chunk slots * H * BT
+    c_part,  # chunks * H * BT
     blocks,  # anchor blocks
+    ROLE: tl.constexpr,  # what the sweep makes: the kernel's name tells it
     H: tl.constexpr,
     GQ: tl.constexpr,
     GV: tl.constexpr,
@@ -116,8 +118,8 @@ def sweep_kernel(
     L = end - first
     NT = tl.cdiv(L, BT)
     last = tl.cdiv(eos - bos, BT) - 1
-    a_slot = first_slot(cu_seqlens, i_n, bos, T, BA)
-    c_slot = first_slot(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
+    first_anchor = first_block(cu_seqlens, i_n, bos, T, BA)
+    first_chunk = first_block(cu_seqlens, i_n, bos, T, BT) + (first - bos) // BT
 
     r = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -144,7 +146,7 @@ def sweep_kernel(
         if REVERSE:
             s_ds += i_v.to(tl.int64) * (blocks + N) * H + i_h
     if c is not None:
-        c += (c_slot.to(tl.int64) * H + i_h) * BT
+        c += (first_chunk.to(tl.int64) * H + i_h) * BT
 
     if state_in is not None:
         state_in += (i_s.to(tl.int64) if SEGMENTS else i_p) * si_n + i_h * si_h
@@ -168,7 +170,7 @@ def sweep_kernel(
             n_c = (first - bos) // BT + i_c
             ends_block = ((n_c + 1) % (BA // BT) == 0) | (n_c == last)
             if ends_block | (n_c == last - 1):
-                i_a = tl.where(ends_block, a_slot + n_c // (BA // BT), blocks + i_n).to(tl.int64)
+                i_a = tl.where(ends_block, first_anchor + n_c // (BA // BT), blocks + i_n).to(tl.int64)
                 p_a = anchors + i_a * (H * K * V)
                 for j in tl.static_range(NK):
                     m_s = (j * BK + o_k < K)[:, None] & (o_v < V)[None, :]
@@ -251,19 +253,6 @@ def sweep_kernel(
                 tl.store(p_out, b_s[j], mask=(j * BK + o_k < K)[:, None] & (o_v < V)[None, :])
 
 
-class Config(NamedTuple):
-    """How a sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep, and pieces of at most
-    BK rows of the state. Where TMA is False rows are read by pointers in any case.
-    """
-
-    BT: int
-    BV: int
-    warps: int
-    stages: int
-    BK: int = 512
-    TMA: bool = True
-
-
 # Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
 #
 # Hopper, measured on one H200 (triton 3.6), ms of the sweeps for o, dq, dk and dv:
@@ -303,21 +292,21 @@ class Config(NamedTuple):
 #
 # The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of shared memory.
 HOPPER = {
-    2: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 1), 512: Config(64, 64, 8, 1, 64, TMA=False)},
-    4: {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 1, 64), 256: Config(16, 32, 4, 1, 64), 512: Config(16, 32, 8, 1, 64)},
+    2: {64: SweepConfig(64, 64, 4, 3), 128: SweepConfig(64, 64, 4, 2), 256: SweepConfig(64, 64, 4, 1), 512: SweepConfig(64, 64, 8, 1, 64, TMA=False)},
+    4: {64: SweepConfig(64, 32, 4, 2), 128: SweepConfig(64, 32, 4, 1, 64), 256: SweepConfig(16, 32, 4, 1, 64), 512: SweepConfig(16, 32, 8, 1, 64)},
 }
 # Instead, for rows that TMA cannot read, which pass through registers. In bf16 at D 256 that is slow where the GPU is full: 0.48 ms, with
 # the backward 2.27, at B4 T2048 H16. One piece with 4 warps takes 0.28 and 1.23, but 2,048 bytes of stack, and 64 rows with 4 warps 0.32
 # and 1.55, but 1,160.
-POINTERS = {2: {256: Config(64, 64, 8, 1, 64)}, 4: {128: Config(64, 32, 4, 1, 32)}}
+POINTERS = {2: {256: SweepConfig(64, 64, 8, 1, 64)}, 4: {128: SweepConfig(64, 32, 4, 1, 32)}}
 OTHERS = {
-    2: {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1, 128)},
-    4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1, 64), 512: Config(16, 16, 8, 1, 64)},
+    2: {64: SweepConfig(32, 64, 4, 2), 128: SweepConfig(32, 32, 4, 2), 256: SweepConfig(32, 32, 8, 1), 512: SweepConfig(16, 16, 8, 1, 128)},
+    4: {64: SweepConfig(32, 32, 4, 2), 128: SweepConfig(16, 16, 4, 1), 256: SweepConfig(16, 16, 8, 1, 64), 512: SweepConfig(16, 16, 8, 1, 64)},
 }
 
 
 @functools.cache
-def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device, tma: bool = True) -> Config:
+def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device, tma: bool = True) -> SweepConfig:
     """Configuration of a sweep with a state `[K, V]`, whose rows TMA can read or not.
 
     The chunks are the same for `[V, K]`: all four sweeps of a call use the same sums of gates. Chunks and BV are the same by TMA and by
@@ -331,37 +320,6 @@ def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device, tma: 
     return config._replace(BT=table[max(64, next_power_of_2(max(K, V)))].BT, BK=min(config.BK, max(16, next_power_of_2(K))))
 
 
-class Operands(NamedTuple):
-    """What a sweep reads, q, k, v and x in their roles, and where it leaves states."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    gates: torch.Tensor | None  # of the plain sweep their sums in chunks (`sweep_gates`), of those for Hopper themselves
-    state_in: torch.Tensor | None = None
-    state_out: torch.Tensor | None = None
-    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
-    anchors: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
-    indices: torch.Tensor | None = None
-
-    def sizes(self) -> tuple[int, ...]:
-        """B, T, H, K, V; H is that of the states, of which each of q and k, and of v and x, have it or a divisor of it."""
-        B, T, HQ, K = self.q.shape
-        HV, V = self.v.shape[2:]
-        return B, T, max(HQ, HV), K, V
-
-
-class Setting(NamedTuple):
-    """How a sweep goes: the numbers that a launch depends on beside the layouts of its tensors."""
-
-    scale: float
-    segment: int | None = None  # tokens of a segment; None where a sequence is swept in one piece
-    BA: int = 1  # tokens of an anchor block
-    reverse: bool = False
-    precision: str | None = None
-
-
 def sweep_gates(inputs: Inputs) -> torch.Tensor | None:
     """The sums of the gates in the chunks of the sweeps."""
     q, v, g = inputs.q, inputs.v, inputs.g
@@ -371,36 +329,26 @@ def sweep_gates(inputs: Inputs) -> torch.Tensor | None:
     return chunk_gates(g, BT, q.dtype == torch.float32, inputs.cu_seqlens)
 
 
-def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
-    """The first n strides of x, or zeros where there is none."""
-    return (0,) * n if x is None else x.stride()[:n]
-
-
 @launcher
 def launch_sweep(tensors, setting):
     q, k, v, c, state_in, o, state_out, x, *_, cu_seqlens, indices = tensors
     B, T, H, K, V = Operands(q, k, v, c).sizes()
     tma = use_descriptors(q, k, v, o, x)
     config = sweep_config(K, V, q.dtype, q.device, tma)
-    scale, segment, BA, reverse, precision = setting
+    scale, segment, BA, reverse, precision, role = setting
     args = (
         *tensors,
         scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3), *strides(state_in, 4), *strides(state_out, 4),
-        B * H * T, 0 if c is None else c[0].numel(), count_slots(B, T, BA, cu_seqlens),
+        B * H * T, 0 if c is None else c[0].numel(), count_blocks(B, T, BA, cu_seqlens),
     )
     constants = dict(
-        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
+        ROLE=role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
         BT=config.BT, BK=config.BK, BV=config.BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
         TMA=tma and config.TMA, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )
     return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * cdiv(V, config.BV), 1, 1), args, constants
-
-
-def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
-    """How many sequences or segments there are for a sweep, with those of tokens in no sequence, which get zeros."""
-    return count_numbers(B, cu_seqlens) if segment is None else count_slots(B, T, segment, cu_seqlens)
 
 
 def sweep(operands: Operands, setting: Setting):
@@ -423,60 +371,10 @@ def sweep(operands: Operands, setting: Setting):
     return (o, x_inter, x_o, s_ds) if setting.reverse else (o, x_o, None, None)
 
 
-def why_no_hopper_sweeps(K: int, V: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why states of these dims are not for the sweeps for Hopper; None where they are. The device is a GPU."""
-    if not is_hopper(device):
-        return 'the GPU is no Hopper'
-    if switched_off('FLA_SIMPLE_GLA_HOPPER'):
-        return 'FLA_SIMPLE_GLA_HOPPER=0 is in the environment'
-    if dtype.itemsize != 2:
-        return 'they take bf16 and fp16'
-    if K % 8 or V % 8:
-        return 'they take K and V that are multiples of 8'
-    if max(K, V) > 256:
-        return 'they take K and V up to 256'
-    for feature in ('hopper', 'wide') if max(K, V) > 128 else ('hopper',):
-        reason = why_not(feature)
-        if reason is not None:
-            warn_once(feature)
-            return reason
-    return None
-
-
-@functools.cache
-def hopper_module(K: int, V: int, dtype: torch.dtype, device: torch.device):
-    """The module of the sweeps for Hopper for such states, if there is one."""
-    if not is_hopper(device) or why_no_hopper_sweeps(K, V, dtype, device) is not None:
-        return None
-    if max(K, V) <= 128:
-        from . import _hopper
-        return _hopper
-    from . import _hopper_wide
-    return _hopper_wide
-
-
-def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor):
-    """The module of the sweeps for Hopper if they take these tensors."""
-    module = hopper_module(q.shape[-1], v.shape[-1], q.dtype, q.device)
-    if module is None or not module.takes(q, k, v, *others):
-        return None
-    return module
-
-
-def final_states(inputs: Inputs, options: Options) -> torch.Tensor | None:
-    """Where the final states go: with indices to the pool, else to a new tensor, if they are asked for."""
-    q, _, v, _, pool, cu_seqlens, indices, _ = inputs
-    if indices is not None:
-        return pool
-    if not options.output:
-        return None
-    return empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-
-
-def outputs(inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper, setting: Setting) -> torch.Tensor:
+def outputs(inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper: Sweeps | None, setting: Setting) -> torch.Tensor:
     """o. The states are those that the sequences or their segments start with, or None, and where the final ones go, or None.
 
-    c are the sums of the gates; the sweeps for Hopper do without. hopper is `hopper_for(q, k, v)`.
+    c are the sums of the gates; the sweeps for Hopper do without. hopper is `sweeps_for(q, k, v)`.
     """
     q, k, v, g, _, cu_seqlens, indices, _ = inputs
     operands = Operands(q, k, v, g if hopper else c, *states, cu_seqlens=cu_seqlens, indices=indices)
@@ -492,25 +390,25 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
     state, dstate, dh0 = states
     B, T, H, V = v.shape
     K = q.shape[-1]
-    hopper = hopper_for(q, k, v, do)
+    hopper = sweeps_for(q, k, v, do)
     # Where dk and dv are made one after the other they have the memory of dv for more anchors. Wide states need them: with 384 tokens the
     # error of dg was 7.6e-3 at K 256, V 160.
-    one_reverse_sweep = hasattr(hopper, 'reverse_sweep')
+    one_reverse_sweep = hopper is not None and hopper.reverse_sweep is not None
     setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if one_reverse_sweep else 256))
     anchors = None
     dq = dk = dv = dg = y = None
     if needs.g:
         size = hopper.anchor_size(K, V) if hopper else K * V
-        anchors = empty(q, count_slots(B, T, setting.BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
+        anchors = empty(q, count_blocks(B, T, setting.BA, cu_seqlens) + count_sequences(B, cu_seqlens), H, size)
 
     if hopper:
-        BT, gates, run = hopper.CHUNK, g, hopper.sweep
+        BT, gates, run = CHUNK_TOKENS, g, hopper.sweep
     else:
         gates, run = sweep_gates(inputs) if c is None else c, sweep
         BT = 0 if gates is None else gates.shape[-1]
     common = dict(cu_seqlens=cu_seqlens, anchors=anchors)
     if needs.q or needs.g:
-        dq, w, y, *_ = run(Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common), setting)
+        dq, w, y, *_ = run(Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common), setting._replace(role='dq'))
     setting = setting._replace(reverse=True)
     if one_reverse_sweep:
         if needs.k or needs.v or needs.g or needs.initial_state:
@@ -518,19 +416,19 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
     else:
         if needs.k or needs.g:
             operands = Operands(v, do, q, gates, transposed(dstate), x=k if needs.g else None, **common)
-            dk, z, pairs, s_ds = run(operands, setting)
+            dk, z, pairs, s_ds = run(operands, setting._replace(role='dk'))
             y = pairs if y is None else y
             del operands
         del common, anchors
         if needs.v or needs.initial_state:
-            dv, *_ = run(Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens), setting)
+            dv, *_ = run(Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens), setting._replace(role='dv'))
     if needs.g:
         dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting, BT)
     return Gradients(dq, dk, dv, dg, dh0)
 
 
 @device_pass
-def forward_pass(inputs: Inputs, options: Options, hopper):
+def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None):
     """o, the final state or None, and the sums of the gates or None."""
     c = None if hopper else sweep_gates(inputs)
     final_state = final_states(inputs, options)
@@ -546,24 +444,15 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradien
     return gradients(inputs, (h0, dht, dh0), c, do, needs, Setting(options.scale, precision=options.precision))
 
 
-def as_sweeps_read(do: torch.Tensor, inputs: Inputs, plan: Plan) -> torch.Tensor:
-    """do, or a copy where only its layout keeps the sweeps for Hopper from it: the plain ones take twice as long.
-
-    A mean over tokens has such a gradient, with a stride of 0 along T.
-    """
-    if do.is_contiguous() and do.data_ptr() % 16 == 0 or not plan.once(hopper_for, *inputs[:3]) or hopper_for(*inputs[:3], do):
-        return do
-    return do.clone(memory_format=torch.contiguous_format)
-
-
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    o, final_state, c = forward_pass(inputs, plan.options, plan.once(hopper_for, *inputs[:3]), plan=plan)
+    o, final_state, c = forward_pass(inputs, plan.options, plan.once(sweeps_for, *inputs[:3]), plan=plan)
     return Results(o, final_state, gates=c)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (_, c), (do, dht) = kept, given
-    return backward_pass((*inputs, c, as_sweeps_read(do, inputs, plan), dht), needs, plan.options)
+    do = as_taken(do, plan.once(sweeps_for, *inputs[:3]) is not None)
+    return backward_pass((*inputs, c, do, dht), needs, plan.options)
 
 
 def naive(inputs: Inputs, options: Options):

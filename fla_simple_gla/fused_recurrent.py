@@ -28,14 +28,14 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import count_numbers, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds, state_slot
+from ._blocks import count_numbers, count_sequences, count_blocks, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
 from ._layout import cdiv, next_power_of_2, transposed
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl
+from ._triton import jit, kernel_name, tl
 from ._validation import Call
 from .naive import naive_recurrent_simple_gla
 
@@ -52,7 +52,11 @@ def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr,
 
 
 # T = 1 is specialised on: a decode step has no loop then, and takes fewer registers
-@jit(do_not_specialize=['N', 'P', 'part', 'scale'], do_not_specialize_on_alignment=['T'])
+@jit(
+    do_not_specialize=['N', 'P', 'part', 'scale'],
+    do_not_specialize_on_alignment=['T'],
+    repr=kernel_name('recurrent'),
+)
 def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
@@ -63,7 +67,7 @@ def recurrent_kernel(
     states,  # [B, T, H, K, V], any strides: the state behind every token; or None
     x,  # [B, T, H // GV, V], or None
     w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
-    anchors,  # [slots, H, K, V]: states behind the last tokens of anchor blocks, likewise
+    anchors,  # [anchor blocks, H, K, V]: states after the last tokens of anchor blocks, likewise
     dg,  # [NV, B, T, H], the V tile's part, left by the adjoint
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the pool; or None
@@ -102,14 +106,14 @@ def recurrent_kernel(
         i_b = i_n.to(tl.int64)
         bos = i_b * 0
         L = T
-        slot = first_slot(cu_seqlens, i_n, 0, T, BA)
+        first_anchor = first_block(cu_seqlens, i_n, 0, T, BA)
     else:
         i_n -= 1
         i_b = tl.zeros([], tl.int64)
         first, end = sequence_bounds(cu_seqlens, i_n, N, T)
         bos = first.to(tl.int64)
         L = end - first
-        slot = first_slot(cu_seqlens, i_n, first, T, BA)
+        first_anchor = first_block(cu_seqlens, i_n, first, T, BA)
 
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -136,7 +140,7 @@ def recurrent_kernel(
 
     if x is not None:
         x += i_b * x_b + bos * x_t + i_h // GV * x_h + o_v
-        anchors += (slot.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        anchors += (first_anchor.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     if states is not None:
         states += i_b * s_b + bos * s_t + i_h * s_h + state_offsets(o_k, o_v, K, V, s_k, s_v)
     if state_in is not None:
@@ -329,7 +333,7 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradien
     dq = dk = dv = dg = dh0 = None
     if needs.g:
         B, T, H, V = v.shape
-        anchors = empty(q, count_slots(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
+        anchors = empty(q, count_blocks(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
     common = dict(anchors=anchors, cu_seqlens=cu_seqlens)
     if needs.q or needs.g:
         operands = Operands(do, v, k, g, transposed(initial_state), x=q if needs.g else None, **common)

@@ -1,14 +1,16 @@
-"""Simple Gated Linear Attention in plain PyTorch: the specification the kernels are checked against.
+"""Simple Gated Linear Attention in plain PyTorch: the specification that the kernels are checked against.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T          S: [K, V]
     o_t = scale * S_t^T q_t
 
-The same function three times: token by token, chunk by chunk, and as one decay-masked attention
-map. Everything is computed in fp32, or in fp64 for fp64 inputs, and is differentiable by autograd.
+The same function in three forms: token by token, chunk by chunk, and as one decay-masked attention map. Everything is
+computed in fp32, or in fp64 for fp64 inputs, and is differentiable by autograd.
 
-No form divides by a decay or subtracts two sums of gates: every decay is the exponential of the sum
-of just the gates between two tokens. So `g = -inf` is an exact reset, in the gradients too.
+No form divides by a decay or subtracts two sums of gates: every decay is the exponential of the sum of just the gates
+between two tokens. So `g = -inf` is an exact reset, in the gradients too.
 """
+
+from collections.abc import Callable
 
 import torch
 from einops import rearrange, repeat
@@ -37,23 +39,23 @@ def naive_recurrent_simple_gla(
         v: `[B, T, H, V]`.
         g: log decay per token and head, natural logarithm, `[B, T, H]`.
         scale: defaults to `K ** -0.5`.
-        initial_state: `[N, H, K, V]`, N the number of sequences (B without `cu_seqlens`). Default: zeros.
+        initial_state: `[N, H, K, V]`, where N is the number of sequences (B without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the final state.
         g_gamma: log decay per head, `[H]`, in place of `g`. With neither, nothing decays.
         cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one.
-        reverse: walk each sequence from its last token to its first.
-        intermediate_states_buffer: gets the state behind every token, `[B, T, H, K, V]`.
+        reverse: go from the last token of each sequence to its first.
+        intermediate_states_buffer: `[B, T, H, K, V]`, to which the state after every token is written.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs) or None.
     """
 
-    states = []
+    states: list[torch.Tensor] = []
 
     def recurrence(q, k, v, g, S):
         steps = range(q.shape[2])
-        o = [None] * len(steps)
-        after = [None] * len(steps)
+        o: list = [None] * len(steps)
+        after: list = [None] * len(steps)
         for t in reversed(steps) if reverse else steps:
             S = S * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
             o[t] = torch.einsum('bhk,bhkv->bhv', q[:, :, t], S)
@@ -62,7 +64,7 @@ def naive_recurrent_simple_gla(
         states.extend(after)
         return torch.stack(o, 2), S
 
-    results = _by_sequence(recurrence, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+    results = _by_sequence(recurrence, (q, k, v, g, g_gamma), scale, initial_state, output_final_state, cu_seqlens)
     if intermediate_states_buffer is not None and states:
         intermediate_states_buffer[:, : len(states)] = torch.stack(states, 1)
     return results
@@ -102,7 +104,7 @@ def naive_chunk_simple_gla(
             S = from_start[..., -1, None, None] * S + (k_c * decay[..., -1, :, None]).mT @ v_c
         return torch.cat(o, 2), S
 
-    return _by_sequence(chunks, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+    return _by_sequence(chunks, (q, k, v, g, g_gamma), scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_parallel_simple_gla(
@@ -117,8 +119,8 @@ def naive_parallel_simple_gla(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As attention without a softmax: `o = A v`, `A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)` for j <= i.
 
-    Arguments are those of `naive_recurrent_simple_gla`. Returns o and A `[B, H, T, T]`, which is zero between
-    tokens of different sequences; A is in fp32 (fp64 for fp64 inputs).
+    Arguments are those of `naive_recurrent_simple_gla`. Returns o and A `[B, H, T, T]` in fp32 (fp64 for fp64 inputs).
+    A is zero between tokens of different sequences.
     """
     T = q.shape[1]
     maps = []
@@ -128,7 +130,7 @@ def naive_parallel_simple_gla(
         maps.append(A)
         return A @ v, S
 
-    o, _ = _by_sequence(attention, q, k, v, g, g_gamma, scale, None, False, cu_seqlens)
+    o, _ = _by_sequence(attention, (q, k, v, g, g_gamma), scale, None, False, cu_seqlens)
     if cu_seqlens is None and maps:
         return o, maps[0]
     A = q.new_zeros(q.shape[0], v.shape[2], T, T, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -144,16 +146,27 @@ def _decay_mask(g: torch.Tensor) -> torch.Tensor:
     """`D_ij = exp(g_{j+1} + ... + g_i)` for j <= i, else 0: `[..., T]` -> `[..., T, T]`."""
     T = g.shape[-1]
     ones = torch.ones(T, T, dtype=torch.bool, device=g.device)
-    # column j holds g_i for i > j: its running sum down the rows is the sum of the gates after j, with no difference taken
+    # column j holds g_i for i > j: its running sum down the rows is the sum of the gates after j, without subtraction
     gates = repeat(g, '... i -> ... i j', j=T).masked_fill(~ones.tril(-1), 0)
     return gates.cumsum(-2).masked_fill(~ones.tril(), -torch.inf).exp()
 
 
-def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
-    """Run `form(q, k, v, g, S) -> o, S` on head-first tensors, one packed sequence at a time."""
+def _by_sequence(
+    form: Callable,
+    inputs: tuple,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run `form(q, k, v, g, S) -> o, S` on head-first tensors, one packed sequence at a time.
+
+    The inputs are `(q, k, v, g, g_gamma)`. Returns o, and the final state or None.
+    """
+    q, k, v, g, g_gamma = inputs
     (B, T, HK, K), (H, V), dtype = q.shape, v.shape[2:], q.dtype
     if cu_seqlens is not None:
-        _validation.check_contents(cu_seqlens, None, None, T, None)
+        _validation.check_contents(cu_seqlens, None, None, T)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     if g is not None and g_gamma is not None:
         raise ValueError('g and g_gamma are both given: pass one of them, or neither')
@@ -161,7 +174,7 @@ def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_s
         g = v.new_zeros(B, T, H) if g_gamma is None else repeat(g_gamma, 'h -> b t h', b=B, t=T)
     q, k = (repeat(x.to(precise), 'b t h d -> b (h n) t d', n=H // HK) for x in (q, k))
     v, g = rearrange(v.to(precise), 'b t h d -> b h t d'), rearrange(g.to(precise), 'b t h -> b h t')
-    q = q * (K ** -0.5 if scale is None else scale)
+    q = q * (K**-0.5 if scale is None else scale)
 
     # an enclosing autocast would compute the products in its own dtype
     with torch.autocast(q.device.type, enabled=False):
@@ -169,12 +182,12 @@ def _by_sequence(form, q, k, v, g, g_gamma, scale, initial_state, output_final_s
         N = B if bounds is None else len(bounds) - 1
         S = v.new_zeros(N, H, K, V) if initial_state is None else initial_state.to(precise)
         if bounds is None:
-            o, S = form(q, k, v, g, S) if T else (v, S.clone())  # what is returned is not what was given
+            o, S = form(q, k, v, g, S) if T else (v, S.clone())  # never return the given state itself
         else:
             outputs, states = [], []
             for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
                 q_n, k_n, v_n, g_n = (x[:, :, start:end] for x in (q, k, v, g))
-                o_n, S_n = form(q_n, k_n, v_n, g_n, S[n:n + 1]) if end > start else (v_n, S[n:n + 1])
+                o_n, S_n = form(q_n, k_n, v_n, g_n, S[n : n + 1]) if end > start else (v_n, S[n : n + 1])
                 outputs.append(o_n)
                 states.append(S_n)
             # tokens after the last sequence belong to none

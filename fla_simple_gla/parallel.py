@@ -31,42 +31,41 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_sequences, count_slots, first_slot, is_sequence, sequence_bounds
+from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
 from ._launch import launcher
-from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, use_descriptors
+from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, strides, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty, zeros
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._triton import jit, tl
+from ._triton import jit, kernel_name, tl
 from ._validation import Call
-from .fused_chunk import hopper_for as sweeps_for
-from .fused_chunk import strides
+from .hopper import BLOCK_TOKENS, as_taken, attention_for
 from .naive import naive_parallel_simple_gla
 
 
 @jit
-def reaches(sums, scale, slot, slots, i_h, o_i, o_j, NT, H: tl.constexpr):
+def reaches(sums, scale, base, blocks, i_h, o_i, o_j, NT, H: tl.constexpr):
     """Whether anything is left in the rows of blocks o_i of the columns of blocks o_j before them."""
-    p_i = sums + (slot + o_i).to(tl.int64) * H + i_h
-    p_j = sums + (slot + o_j).to(tl.int64) * H + i_h
-    later = tl.load(p_i + slots * H, mask=o_i < NT, other=0.0).to(tl.float32)
+    p_i = sums + (base + o_i).to(tl.int64) * H + i_h
+    p_j = sums + (base + o_j).to(tl.int64) * H + i_h
+    later = tl.load(p_i + blocks * H, mask=o_i < NT, other=0.0).to(tl.float32)
     before = tl.load(p_i - H, mask=(o_i > 0) & (o_i < NT), other=0.0)
     earlier = (before - tl.load(p_j, mask=o_j < NT, other=0.0)).to(tl.float32)
-    earlier += tl.load(p_j + 2 * slots * H, mask=o_j < NT, other=0.0).to(tl.float32)
+    earlier += tl.load(p_j + 2 * blocks * H, mask=o_j < NT, other=0.0).to(tl.float32)
     return (tl.exp2(later) * scale * tl.exp2(earlier) != 0) & (o_j < o_i) & (o_i < NT)
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'part', 'blocks', 'scale'], repr=kernel_name('block_sums'))
 def block_sums_kernel(
-    c,  # [1 or 2, slots, H, BT]: running sums of the gates in blocks
-    sums,  # [3, slots, H], fp64: the gates up to a block's end; the largest c; the largest c_end - c
-    ranges,  # [2, slots, H]: the first block that reaches this one, or itself; the one behind the last that it reaches; or None
+    c,  # [1 or 2, blocks, H, BT]: running sums of the gates in blocks
+    sums,  # [3, blocks, H], fp64: the gates up to a block's end; the largest c; the largest c_end - c
+    ranges,  # [2, blocks, H]: the first block that reaches this one, or itself; the one behind the last that it reaches; or None
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
-    part,  # slots * H * BT
-    slots,
+    part,  # blocks * H * BT
+    blocks,
     H: tl.constexpr,
     BT: tl.constexpr,
     BI: tl.constexpr,
@@ -80,13 +79,13 @@ def block_sums_kernel(
     else:
         bos, eos = sequence_bounds(cu_seqlens, i_n, N, T)
         L = eos - bos
-    slot = first_slot(cu_seqlens, i_n, bos, T, BT)
+    base = first_block(cu_seqlens, i_n, bos, T, BT)
     NT = tl.cdiv(L, BT)
     before = tl.zeros([], tl.float64)
     for i in range(0, NT, BI):
         o_i = i + tl.arange(0, BI)
         m_i = o_i < NT
-        row = (slot + o_i).to(tl.int64) * H + i_h
+        row = (base + o_i).to(tl.int64) * H + i_h
         p_c = c + row * BT
         b_end = tl.load(p_c + BT - 1, mask=m_i, other=0.0)
         p_c = p_c[:, None] + tl.arange(0, BT)[None, :]
@@ -100,8 +99,8 @@ def block_sums_kernel(
             b_e += f_end[:, None] - b_f
             b_sum += f_end.to(tl.float64)
         tl.store(sums + row, before + tl.cumsum(b_sum, 0), mask=m_i)
-        tl.store(sums + slots * H + row, tl.max(b_c, 1).to(tl.float64), mask=m_i)
-        tl.store(sums + 2 * slots * H + row, tl.max(b_e, 1).to(tl.float64), mask=m_i)
+        tl.store(sums + blocks * H + row, tl.max(b_c, 1).to(tl.float64), mask=m_i)
+        tl.store(sums + 2 * blocks * H + row, tl.max(b_e, 1).to(tl.float64), mask=m_i)
         before += tl.sum(b_sum, 0)
 
     if ranges is not None:
@@ -112,16 +111,16 @@ def block_sums_kernel(
             lo = o_i
             for j in range(0, i + BI, BI):
                 o_j = j + tl.arange(0, BI)
-                alive = reaches(sums, scale, slot, slots, i_h, o_i[:, None], o_j[None, :], NT, H)
+                alive = reaches(sums, scale, base, blocks, i_h, o_i[:, None], o_j[None, :], NT, H)
                 lo = tl.minimum(lo, tl.min(tl.where(alive, o_j[None, :], NT), 1))
             hi = o_i + 1
             for j in range(i, NT, BI):
                 o_j = j + tl.arange(0, BI)
-                alive = reaches(sums, scale, slot, slots, i_h, o_j[None, :], o_i[:, None], NT, H)
+                alive = reaches(sums, scale, base, blocks, i_h, o_j[None, :], o_i[:, None], NT, H)
                 hi = tl.maximum(hi, tl.max(tl.where(alive, o_j[None, :] + 1, 0), 1))
-            p_r = ranges + (slot + o_i).to(tl.int64) * H + i_h
+            p_r = ranges + (base + o_i).to(tl.int64) * H + i_h
             tl.store(p_r, lo, mask=o_i < NT)
-            tl.store(p_r + slots * H, hi, mask=o_i < NT)
+            tl.store(p_r + blocks * H, hi, mask=o_i < NT)
 
 
 @jit
@@ -148,16 +147,16 @@ def products(b_q, r_q, q_t, r_k, k_t, L, i_q, i_k, K: tl.constexpr, BT: tl.const
     return b_p
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'slots', 'NB', 'scale'])
+@jit(do_not_specialize=['N', 'T', 'part', 'c_part', 'blocks', 'NB', 'scale'], repr=kernel_name('attention'))
 def attention_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
-    c,  # [1 or 2, slots, H, BT]: running sums of the gates in blocks, or None
-    sums,  # [3, slots, H]: of the gates over blocks, see block_sums_kernel
+    c,  # [1 or 2, blocks, H, BT]: running sums of the gates in blocks, or None
+    sums,  # [3, blocks, H]: of the gates over blocks, see block_sums_kernel
     o,  # [B, T, H, V]
     x,  # [B, T, H // GV, V], or None
     x_o,  # [NV, B, H, T]: rows x . o, over the V tile
-    crossing,  # [NV, slots, H, NB]: the sum of x . o over a block of rows, with the columns before block b only; not in reverse
+    crossing,  # [NV, blocks, H, NB]: the sum of x . o over a block of rows, with the columns before block b only; not in reverse
     attention,  # [B, H, T, T], or None
     cu_seqlens,  # [N + 1] or None
     scale,
@@ -167,9 +166,10 @@ def attention_kernel(
     v_b, v_t, v_h,
     x_b, x_t, x_h,
     part,  # B * H * T
-    c_part,  # slots * H * BT
-    slots,
+    c_part,  # blocks * H * BT
+    blocks,
     NB,  # blocks in the longest sequence there can be
+    ROLE: tl.constexpr,  # what the run makes: the kernel's name tells it
     H: tl.constexpr,
     GQ: tl.constexpr,
     GV: tl.constexpr,
@@ -188,18 +188,18 @@ def attention_kernel(
     """o of one block of rows of one head, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
-    i_s = tl.program_id(0) // NV % slots
-    i_h = (tl.program_id(0) // NV // slots).to(tl.int64)
+    i_s = tl.program_id(0) // NV % blocks
+    i_h = (tl.program_id(0) // NV // blocks).to(tl.int64)
     if not REVERSE:
         # the blocks with the most columns first
-        i_s = slots - 1 - i_s
+        i_s = blocks - 1 - i_s
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
     if first >= end:
         return
     L = eos - bos
     i_r = (first - bos) // BT
     i_t = i_r * BT
-    slot = i_s - i_r
+    base = i_s - i_r
     i_f = bos + i_b * 0
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
@@ -220,13 +220,13 @@ def attention_kernel(
     if attention is not None:
         attention += (i_b * H + i_h) * T * T + (i_t + r).to(tl.int64)[:, None] * T + r[None, :]
     if crossing is not None:
-        crossing += ((i_v * slots + i_s).to(tl.int64) * H + i_h) * NB
+        crossing += ((i_v * blocks + i_s).to(tl.int64) * H + i_h) * NB
 
     lo = i_r + 1 if REVERSE else i_r * 0
     hi = tl.cdiv(L, BT) if REVERSE else i_r
     if c is not None:
-        c += (slot.to(tl.int64) * H + i_h) * BT
-        sums += slot.to(tl.int64) * H + i_h
+        c += (base.to(tl.int64) * H + i_h) * BT
+        sums += base.to(tl.int64) * H + i_h
         p_c = c + i_r.to(tl.int64) * (H * BT)
         b_c = tl.load(p_c + r)
         b_e = tl.load(p_c + BT - 1) - b_c
@@ -237,10 +237,10 @@ def attention_kernel(
         # the sum up to the rows' end, or, forward, to where they begin
         if REVERSE:
             sum_r = tl.load(sums + i_r * H)
-            largest_r = tl.load(sums + 2 * slots * H + i_r * H).to(tl.float32)
+            largest_r = tl.load(sums + 2 * blocks * H + i_r * H).to(tl.float32)
         else:
             sum_r = tl.load(sums + (i_r - 1) * H, mask=i_r > 0, other=0.0)
-            largest_r = tl.load(sums + slots * H + i_r * H).to(tl.float32)
+            largest_r = tl.load(sums + blocks * H + i_r * H).to(tl.float32)
             b_r = tl.exp2(b_r) * scale
 
         # the columns that something of is left in the rows, or of the rows in them
@@ -251,12 +251,12 @@ def attention_kernel(
             m_i = o_i < hi
             if REVERSE:
                 between = (tl.load(sums + (o_i - 1) * H, mask=m_i, other=sum_r) - sum_r).to(tl.float32)
-                later = tl.load(sums + slots * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
+                later = tl.load(sums + blocks * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
                 earlier = between + largest_r
             else:
                 between = (sum_r - tl.load(sums + o_i * H, mask=m_i, other=sum_r)).to(tl.float32)
                 later = largest_r
-                earlier = between + tl.load(sums + 2 * slots * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
+                earlier = between + tl.load(sums + 2 * blocks * H + o_i * H, mask=m_i, other=0.0).to(tl.float32)
             alive = (tl.exp2(later) * scale * tl.exp2(earlier) != 0) & m_i
             lo_alive = tl.minimum(lo_alive, tl.min(tl.where(alive, o_i, hi)))
             hi_alive = tl.maximum(hi_alive, tl.max(tl.where(alive, o_i + 1, lo)))
@@ -316,16 +316,16 @@ def attention_kernel(
         tl.store(x_o + r, tl.sum(b_x * b_o, 1), mask=i_t + r < L)
 
 
-@jit(do_not_specialize=['N', 'T', 'part', 'slots', 'NB'])
-def gate_gradient_kernel(
+@jit(do_not_specialize=['N', 'T', 'part', 'blocks', 'NB'], repr=kernel_name('attention_gate_gradient'))
+def attention_gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
-    crossing,  # [NC, slots, H, NB]: of w over a block, what comes from before block b, in NC parts
+    crossing,  # [NC, blocks, H, NB]: of w over a block, what comes from before block b, in NC parts
     cu_seqlens,  # [N + 1] or None
     N, T,
     g_b, g_t, g_h,
     part,  # B * H * T
-    slots,
+    blocks,
     NB,
     NK: tl.constexpr,
     NC: tl.constexpr,
@@ -356,7 +356,7 @@ def gate_gradient_kernel(
         for i in range(i_next, rows, BI):
             o_i = i + tl.arange(0, BI)
             b_s += tl.load(p_s + o_i.to(tl.int64) * (H * NB), mask=o_i < rows, other=0.0)
-        p_s += slots.to(tl.int64) * H * NB
+        p_s += blocks.to(tl.int64) * H * NB
 
     # no sum goes over a reset, which no pair does: what is behind it may be far larger, and its rounding too
     resets = tl.cumsum((b_g < UNDERFLOW).to(tl.int32), 0)
@@ -461,6 +461,7 @@ class Setting(NamedTuple):
     scale: float
     reverse: bool = False
     precision: str | None = None
+    role: str = 'o'  # what the run makes, which its kernel's name tells
 
 
 @launcher
@@ -468,24 +469,24 @@ def launch_attention(tensors, setting):
     q, k, v, c, _, o, x, *_, cu_seqlens = tensors
     B, T, H, K, V = Operands(q, k, v, c).sizes()
     BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
-    slots = count_slots(B, T, BT, cu_seqlens)
+    blocks = count_blocks(B, T, BT, cu_seqlens)
     args = (
         *tensors,
         setting.scale, count_sequences(B, cu_seqlens), T,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3),
-        B * H * T, 0 if c is None else c[0].numel(), slots, cdiv(T, BT),
+        B * H * T, 0 if c is None else c[0].numel(), blocks, cdiv(T, BT),
     )
     constants = dict(
-        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
+        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
         REVERSE=setting.reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
         PRECISION=setting.precision, STAGES=stages, num_warps=warps,
     )
-    return attention_kernel, (slots * H * cdiv(V, BV), 1, 1), args, constants
+    return attention_kernel, (blocks * H * cdiv(V, BV), 1, 1), args, constants
 
 
 def attend(operands: Operands, setting: Setting, output_attentions: bool = False):
     """One walk: `o`; the attention map or None; with x also the rows `x . o [NV, B, H, T]` and, not in reverse, what of them
-    comes from before each block `[NV, slots, H, NB]`.
+    comes from before each block `[NV, blocks, H, NB]`.
     """
     q, k, v, (c, sums, _), x, cu_seqlens = operands
     B, T, H, K, V = operands.sizes()
@@ -497,7 +498,7 @@ def attend(operands: Operands, setting: Setting, output_attentions: bool = False
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if not setting.reverse:
             # zeros, because tiles without anything are skipped
-            crossing = zeros(q, NV, count_slots(B, T, BT, cu_seqlens), H, cdiv(T, BT), dtype=torch.float32)
+            crossing = zeros(q, NV, count_blocks(B, T, BT, cu_seqlens), H, cdiv(T, BT), dtype=torch.float32)
     attention = zeros(q, B, H, T, T) if output_attentions else None
     if o.numel():
         launch_attention((q, k, v, c, sums, o, x, x_o, crossing, attention, cu_seqlens), setting)
@@ -507,19 +508,19 @@ def attend(operands: Operands, setting: Setting, output_attentions: bool = False
 @launcher
 def launch_block_sums(tensors, scale, N, T):
     c, *_ = tensors
-    _, slots, H, BT = c.shape
-    args = *tensors, scale, N, T, c[0].numel(), slots
+    _, blocks, H, BT = c.shape
+    args = *tensors, scale, N, T, c[0].numel(), blocks
     return block_sums_kernel, (N * H, 1, 1), args, dict(H=H, BT=BT, BI=32, TWO_PARTS=c.shape[0] == 2, num_warps=4)
 
 
 def block_sums(c: torch.Tensor, inputs: Inputs, scale: float, with_ranges: bool):
-    """Sums of the gates over blocks, and the largest in them, `[3, slots, H]` in fp64; and, or None, which blocks reach which,
-    `[2, slots, H]` in int32.
+    """Sums of the gates over blocks, and the largest in them, `[3, blocks, H]` in fp64; and, or None, which blocks reach which,
+    `[2, blocks, H]` in int32.
     """
     B, T = inputs.q.shape[:2]
-    slots, H = c.shape[1:3]
-    sums = empty(c, 3, slots, H, dtype=torch.float64)
-    ranges = empty(c, 2, slots, H, dtype=torch.int32) if with_ranges else None
+    blocks, H = c.shape[1:3]
+    sums = empty(c, 3, blocks, H, dtype=torch.float64)
+    ranges = empty(c, 2, blocks, H, dtype=torch.int32) if with_ranges else None
     if sums.numel():
         launch_block_sums((c, sums, ranges, inputs.cu_seqlens), scale, count_sequences(B, inputs.cu_seqlens), T)
     return sums, ranges
@@ -529,32 +530,24 @@ def block_sums(c: torch.Tensor, inputs: Inputs, scale: float, with_ranges: bool)
 def launch_gate_gradient(tensors, BT):
     g, _, w, _, crossing, cu_seqlens = tensors
     B, T, H = g.shape
-    NC, slots, _, NB = crossing.shape
-    args = *tensors, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, slots, NB
-    return gate_gradient_kernel, (slots * H, 1, 1), args, dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
+    NC, blocks, _, NB = crossing.shape
+    args = *tensors, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, blocks, NB
+    return attention_gate_gradient_kernel, (blocks * H, 1, 1), args, dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
 
 
 def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
-    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NC, slots, H, NB]`."""
+    """`dg [B, T, H]`, in g's dtype, from `w, z [NK, B, H, T]` and `crossing [NC, blocks, H, NB]`."""
     dg = empty(g, *g.shape)
     if dg.numel():
         launch_gate_gradient((g, dg, w, z, crossing, cu_seqlens), BT)
     return dg
 
 
-def hopper_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-    """The module of the walks for Hopper if they take these tensors."""
-    if max(q.shape[-1], v.shape[-1]) > 128 or sweeps_for(q, k, v) is None:
-        return None
-    from . import _hopper_parallel
-    return _hopper_parallel
-
-
 def sums_of_gates(inputs: Inputs, hopper, scale: float) -> Gates:
     q, v, g = inputs.q, inputs.v, inputs.g
     if g is None:
         return Gates()
-    BT = hopper.BLOCK if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
+    BT = BLOCK_TOKENS if hopper else attention_config(q.shape[-1], v.shape[-1], q.dtype, q.device).BT
     c = chunk_gates(g, BT, q.dtype == torch.float32, inputs.cu_seqlens)
     return Gates(c, *block_sums(c, inputs, scale, hopper is not None))
 
@@ -566,7 +559,7 @@ def forward_pass(inputs: Inputs, options: Options, hopper):
     operands = Operands(*inputs[:3], gates, cu_seqlens=inputs.cu_seqlens)
     setting = Setting(options.scale, precision=options.precision)
     if hopper:
-        o, *_ = hopper.walk(operands, setting)
+        o, *_ = hopper(operands, setting)
         return o, None, *gates
     o, attention, *_ = attend(operands, setting, options.output)
     return o, attention, *gates
@@ -578,37 +571,36 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper) ->
     inputs, (*gates, do) = Inputs(*tensors[:8]), tensors[8:]
     q, k, v, g, _, cu_seqlens, *_ = inputs
     gates = sums_of_gates(inputs, hopper, options.scale) if gates[0] is None else Gates(*gates)
-    walk = hopper.walk if hopper else attend
+    run = hopper or attend
     forward = Setting(options.scale, precision=options.precision)
     reverse = forward._replace(reverse=True)
     dq = dk = dv = dg = None
     if needs.q or needs.g:
-        dq, *_, w, crossing = walk(Operands(do, v, k, gates, q if needs.g else None, cu_seqlens), forward)
+        dq, *_, w, crossing = run(Operands(do, v, k, gates, q if needs.g else None, cu_seqlens), forward._replace(role='dq'))
     if needs.k or needs.g:
-        dk, *_, z, _ = walk(Operands(v, do, q, gates, k if needs.g else None, cu_seqlens), reverse)
+        dk, *_, z, _ = run(Operands(v, do, q, gates, k if needs.g else None, cu_seqlens), reverse._replace(role='dk'))
     if needs.g:
         dg = gate_gradient(g, w, z, crossing, gates.c.shape[-1], cu_seqlens)
     if needs.v:
-        dv, *_ = walk(Operands(k, q, do, gates, cu_seqlens=cu_seqlens), reverse)
+        dv, *_ = run(Operands(k, q, do, gates, cu_seqlens=cu_seqlens), reverse._replace(role='dv'))
     return Gradients(dq, dk, dv, dg, None)
 
 
-def walks_for(inputs: Inputs, plan: Plan):
+def attention_of(inputs: Inputs, plan: Plan):
     """The module of the walks for Hopper; None where it does not take these, or the attention map is wanted."""
-    return None if plan.options.output else plan.once(hopper_for, *inputs[:3])
+    return None if plan.options.output else plan.once(attention_for, *inputs[:3])
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    o, attention, *gates = forward_pass(inputs, plan.options, walks_for(inputs, plan), plan=plan)
+    o, attention, *gates = forward_pass(inputs, plan.options, attention_of(inputs, plan), plan=plan)
     return Results(o, attention, gates=gates)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (_, gates), (do, _) = kept, given
-    hopper = walks_for(inputs, plan)
-    if hopper and not hopper_for(*inputs[:2], do):
-        # the blocks of the forward are those of the walks for Hopper, which do not take this one as it lies
-        do = do.clone(memory_format=torch.contiguous_format)
+    hopper = attention_of(inputs, plan)
+    # the blocks of the forward are those of its kernel
+    do = as_taken(do, hopper is not None)
     return backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper)
 
 

@@ -1,0 +1,69 @@
+"""What a sweep is given, be it a plain one (`fused_chunk.py`) or one for Hopper (`hopper/`), over whole sequences or over segments."""
+
+from typing import NamedTuple
+
+import torch
+
+from ._blocks import count_blocks, count_numbers, count_sequences
+from ._passes import empty
+from ._plans import Inputs, Options
+
+
+class Operands(NamedTuple):
+    """What a sweep reads, q, k, v and x in their roles, and where it leaves states."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: torch.Tensor | None  # the plain sweeps read their sums in chunks, those for Hopper the gates themselves
+    state_in: torch.Tensor | None = None
+    state_out: torch.Tensor | None = None
+    x: torch.Tensor | None = None  # dg needs its products with the rows of the output
+    anchors: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, T, H, K, V. The states have H heads; q and k, and v and x, have H or a divisor of it."""
+        B, T, HQ, K = self.q.shape
+        HV, V = self.v.shape[2:]
+        return B, T, max(HQ, HV), K, V
+
+
+class Setting(NamedTuple):
+    """How a sweep goes: all that a launch depends on beside the layouts of its tensors."""
+
+    scale: float
+    segment: int | None = None  # tokens of a segment; None where a sequence is swept in one piece
+    BA: int = 1  # tokens of an anchor block
+    reverse: bool = False
+    precision: str | None = None  # of fp32 products, as `tl.dot` takes it
+    role: str = 'o'  # what the sweep makes, which its kernel's name tells
+
+
+class SweepConfig(NamedTuple):
+    """How a plain sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep, and pieces of
+    at most BK rows of the state. Where TMA is False rows are read by pointers in any case.
+    """
+
+    BT: int
+    BV: int
+    warps: int
+    stages: int
+    BK: int = 512
+    TMA: bool = True
+
+
+def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
+    """How many sequences or segments a sweep has, with those of tokens in no sequence, which get zeros."""
+    return count_numbers(B, cu_seqlens) if segment is None else count_blocks(B, T, segment, cu_seqlens)
+
+
+def final_states(inputs: Inputs, options: Options) -> torch.Tensor | None:
+    """Where the final states go: with indices to the pool, else to a new tensor, if they are asked for."""
+    q, _, v, _, pool, cu_seqlens, indices, _ = inputs
+    if indices is not None:
+        return pool
+    if not options.output:
+        return None
+    return empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)

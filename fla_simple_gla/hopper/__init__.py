@@ -1,0 +1,109 @@
+"""The kernels for Hopper (sm_90), in Gluon: which of them take a call, and why not.
+
+    sweep.py       o, and dq          K and V up to 128
+    reverse.py     dk and dv at once  likewise
+    wide.py        o, dq, dk and dv   K and V up to 256, one of them over 128
+    attention.py   of `parallel`      K and V up to 128
+    common.py      what they share
+
+Nothing here imports Gluon before a call is taken: it changes between versions of triton (`_triton.py`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .._layout import is_hopper
+from .._triton import switched_off, warn_once, why_not
+
+CHUNK_TOKENS = 64  # to a chunk of the sweeps
+BLOCK_TOKENS = 128  # to a block of rows of the attention
+
+
+class Sweeps(NamedTuple):
+    """The sweeps for states of some size."""
+
+    sweep: Callable
+    reverse_sweep: Callable | None  # dk and dv at once; None where they are sweeps of their own
+    anchor_size: Callable[[int, int], int]  # numbers of an anchor of a state [K, V]
+
+
+def why_no_sweeps(K: int, V: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the sweeps for Hopper do not take states of these dims; None where they do. The device is a GPU."""
+    if not is_hopper(device):
+        return 'the GPU is no Hopper'
+    if switched_off('FLA_SIMPLE_GLA_HOPPER'):
+        return 'FLA_SIMPLE_GLA_HOPPER=0 is in the environment'
+    if dtype.itemsize != 2:
+        return 'they take bf16 and fp16'
+    if K % 8 or V % 8:
+        return 'they take K and V that are multiples of 8'
+    if max(K, V) > 256:
+        return 'they take K and V up to 256'
+    for feature in ('hopper', 'wide') if max(K, V) > 128 else ('hopper',):
+        reason = why_not(feature)
+        if reason is not None:
+            warn_once(feature)
+            return reason
+    return None
+
+
+@functools.cache
+def sweeps_of(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Sweeps | None:
+    """The sweeps for Hopper of such states, if there are any."""
+    if not is_hopper(device) or why_no_sweeps(K, V, dtype, device) is not None:
+        return None
+    if max(K, V) <= 128:
+        from . import reverse, sweep
+
+        return Sweeps(sweep.sweep, reverse.reverse_sweep, sweep.anchor_size)
+    from . import wide
+
+    return Sweeps(wide.sweep, None, wide.anchor_size)
+
+
+def sweeps_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Sweeps | None:
+    """The sweeps for Hopper, if they take these tensors."""
+    sweeps = sweeps_of(q.shape[-1], v.shape[-1], q.dtype, q.device)
+    return sweeps if sweeps is not None and takes(q, k, v, *others) else None
+
+
+def attention_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable | None:
+    """`attend` for Hopper, if it takes these tensors."""
+    if max(q.shape[-1], v.shape[-1]) > 128 or sweeps_for(q, k, v) is None:
+        return None
+    from .attention import attend
+
+    return attend
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels can read these tensors of one dtype in place."""
+    return takes_layouts(*[(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
+
+
+@functools.lru_cache(1024)
+def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]) -> bool:
+    # What the kernels write is contiguous. Its rows, too, must be aligned to 16 bytes.
+    return all(
+        dtype.itemsize == 2
+        and shape[-1] <= 256
+        and shape[-1] % 8 == 0
+        and shape.numel() > 0
+        and offset == 0
+        and all(size == 1 or stride > 0 and stride % 8 == 0 for stride, size in zip(strides[:3], shape))
+        for dtype, shape, strides, offset in layouts
+    )
+
+
+def as_taken(do: torch.Tensor, taken: bool) -> torch.Tensor:
+    """The gradient of the output of a call that the kernels for Hopper took or not: itself, or a copy where only its layout keeps them
+    from it. The plain kernels would read it, but take twice as long.
+
+    A mean over tokens has such a gradient, with a stride of 0 along T.
+    """
+    if not taken or do.is_contiguous() and do.data_ptr() % 16 == 0 or takes(do):
+        return do
+    return do.clone(memory_format=torch.contiguous_format)

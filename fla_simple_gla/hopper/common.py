@@ -1,0 +1,431 @@
+"""What the kernels for Hopper share: their tasks, rings of buffers, gates, row sums, tiles and descriptors.
+
+A kernel is cut into partitions, which run at the same time: warp groups that multiply, and single warps that load tiles, sum gates, or
+add up rows. A program takes one task after another: a head of a sequence, or of a segment of it. All partitions go through its tasks in
+the same order, chunk by chunk.
+
+**Rings.** Partitions hand each other buffers in shared memory. A ring has n buffers, and to each two barriers: `full` completes when all
+producers have filled the buffer, `empty` when all consumers have read it. Whoever uses a ring goes round it with a cursor of its own:
+
+    producer    acquire    wait until the buffer is empty, which all are in the first round
+                commit     arrive at `full`; a copy by TMA arrives by itself, when its bytes are there
+    consumer    wait       wait until the buffer is full
+                release    arrive at `empty`
+
+The docstring of a kernel says who arrives at each barrier. One thread of a partition arrives, after a barrier of the partition: triton
+3.6 and 3.7 put one there if anything touched shared memory since the last, later versions always.
+
+**Tiles** end where a sequence ends. The descriptor of packed sequences has two more dimensions, whose offsets cancel each other modulo
+2^64, so that the bound of the dimension of tokens falls on any token (`ragged` of https://github.com/triton-lang/triton, tools).
+"""
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language import core
+
+from .._blocks import block_bounds, first_block, is_sequence, sequence_bounds, state_slot
+from .._driver import Tiles
+from .._gates import LOG2E, RESET
+from . import CHUNK_TOKENS
+
+# renamed in triton 3.8
+tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, 'async_store', None) or tma.async_copy_shared_to_global
+
+C = gl.constexpr(CHUNK_TOKENS)
+BS = gl.constexpr(64)  # columns of V to a warp group
+# Of packed sequences: the bound of the dimension of tokens, and the stride of the dimension whose offset takes it away again
+RAGGED_END = gl.constexpr(2**30)
+RAGGED_STRIDE = 2**34
+
+
+def aggregate(cls):
+    """Decorates a class of values in kernels, whose annotations are their fields. It is called with the values of all fields, in order.
+
+    Triton makes such an `__init__` by itself from 3.8 on.
+    """
+    names = tuple(cls.__annotations__)
+
+    def __init__(self, *values):
+        assert len(values) == len(names), f'{cls.__name__} takes {len(names)} values, got {len(values)}'
+        for name, value in zip(names, values):
+            setattr(self, name, value if isinstance(value, core.base_value) else gl.constexpr(value))
+
+    __init__.__triton_builtin__ = True  # triton refuses other functions of Python where a kernel uses them
+    cls.__init__ = __init__
+    return core._aggregate(cls)
+
+
+# Of fields: an integer, or a constant where triton specialises on its value; a pointer, or None; a tensor descriptor, or None.
+Number = Pointer = Descriptor = object
+
+
+@aggregate
+class Cursor:
+    """A place in a ring: a buffer, and the phase of its barriers."""
+
+    i: gl.tensor
+    phase: gl.tensor
+
+
+@gluon.jit
+def ring_start():
+    return Cursor(gl.to_tensor(0), gl.to_tensor(0))
+
+
+@aggregate
+class Ring:
+    """The barriers of n buffers, `[n, 1]` each."""
+
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def acquire(self, at):
+        mbarrier.wait(self.empty.index(at.i), at.phase ^ 1)
+
+    @gluon.jit
+    def commit(self, at):
+        mbarrier.arrive(self.full.index(at.i), count=1)
+
+    @gluon.jit
+    def wait(self, at):
+        mbarrier.wait(self.full.index(at.i), at.phase)
+
+    @gluon.jit
+    def release(self, at):
+        mbarrier.arrive(self.empty.index(at.i), count=1)
+
+    @gluon.jit
+    def after(self, at):
+        """The next place."""
+        n: gl.constexpr = self.full.shape[0]
+        i = at.i
+        phase = at.phase
+        if n == 1:
+            phase = phase ^ 1
+        else:
+            i += 1
+            if i == n:
+                i = 0
+                phase = phase ^ 1
+        return Cursor(i, phase)
+
+
+@gluon.jit
+def barriers(n: gl.constexpr, count: gl.constexpr):
+    """Barriers of n buffers, each of which `count` arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit
+def ring(n: gl.constexpr, producers: gl.constexpr, consumers: gl.constexpr):
+    """A ring of n buffers, with so many arrivals when one is filled and when one is read."""
+    return Ring(barriers(n, producers), barriers(n, consumers))
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def not_hoisted(x):
+    """x, as something that the compiler cannot compute before a loop and keep in registers."""
+    return gl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@aggregate
+class Task:
+    """A head of a sequence, or of a segment of it."""
+
+    i_s: gl.tensor  # the number of the sequence or segment among all that are swept
+    i_h: gl.tensor  # the head
+    i_b: gl.tensor  # the row of the batch
+    i_n: gl.tensor  # the number of the sequence (`_blocks.py`)
+    first: gl.tensor  # its first token
+    end: gl.tensor  # the one after its last; there are none of padding, nor of what lies in no sequence
+    bos: gl.tensor  # first token of the sequence
+    eos: gl.tensor  # the one after its last
+
+    @gluon.jit
+    def chunks(self):
+        return (self.end - self.first + C - 1) // C
+
+
+@aggregate
+class Work:
+    """The tasks of a launch."""
+
+    cu_seqlens: Pointer  # [N + 1] or None
+    indices: Pointer  # [N]: the slots of the sequences' states in a pool, or None
+    tasks: Number
+    N: Number  # sequences
+    T: Number  # tokens to a row of the batch
+    P: Number  # slots of the pool
+    segment: Number  # tokens to a segment
+    H: gl.constexpr
+    SEGMENTS: gl.constexpr  # whether sequences are swept in segments
+
+    @gluon.jit
+    def task(self, i):
+        i_s = i // self.H
+        i_h = i % self.H
+        if self.SEGMENTS:
+            i_b, i_n, first, end, bos, eos = block_bounds(self.cu_seqlens, i_s, self.N, self.T, self.segment)
+            end = gl.where(is_sequence(i_n, self.N), gl.maximum(first, end), first)
+        else:
+            i_n = i_s
+            if self.cu_seqlens is None:
+                i_b = i_n.to(gl.int64)
+                bos = i_n * 0
+                eos = bos + self.T
+                end = eos
+            else:
+                i_n -= 1
+                i_b = (i_n * 0).to(gl.int64)
+                bos, eos = sequence_bounds(self.cu_seqlens, i_n, self.N, self.T)
+                end = gl.where(is_sequence(i_n, self.N), eos, bos)
+            first = bos
+        if self.indices is not None:
+            end = gl.where(self.slot(i_n) < 0, first, end)
+        return Task(i_s, i_h, i_b, i_n, first, end, bos, eos)
+
+    @gluon.jit
+    def slot(self, i_n):
+        """Where the state of sequence i_n lies; -1 where it has none."""
+        return state_slot(self.indices, i_n, self.N, self.P)
+
+    @gluon.jit
+    def tile(self, task, end, i_h, i_t, i_d):
+        """Coordinates of a tile of head i_h that begins with token i_t of a task, and column i_d. It ends before token `end`."""
+        if self.cu_seqlens is None:
+            return [task.i_b.to(gl.int32), 0, i_h, task.first + i_t, i_d]
+        else:
+            return [RAGGED_END, end, i_h, RAGGED_END - (end - task.first) + i_t, i_d]
+
+    @gluon.jit
+    def clear(self, task, desc, buf, i_d):
+        """Zeros in the rows of a task that is padding, or lies in no sequence."""
+        COLUMNS: gl.constexpr = buf.shape[1]
+        if self.cu_seqlens is not None or self.indices is not None:
+            if ~is_sequence(task.i_n, self.N) | (self.slot(task.i_n) < 0):
+                end = gl.minimum(task.first + self.segment, task.eos) if self.SEGMENTS else task.eos
+                tma.store_wait(0)
+                buf.store(gl.zeros([C, COLUMNS], buf.dtype, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+                fence_async_shared()
+                for i_t in range(0, end - task.first, C):
+                    tma_store(desc, self.tile(task, end, task.i_h, i_t, i_d), buf)
+
+    @gluon.jit
+    def anchor(self, task, i_c, blocks, BA: gl.constexpr):
+        """Whether there is an anchor for chunk i_c of a task (`_gates.py`), and its number. Anchor blocks are the sequence's, not the
+        task's.
+        """
+        i_c += (task.first - task.bos) // C
+        last = (task.eos - task.bos + C - 1) // C - 1
+        ends_block = ((i_c + 1) % (BA // C) == 0) | (i_c == last)
+        i_a = first_block(self.cu_seqlens, task.i_n, task.bos, self.T, BA) + i_c // (BA // C)
+        return ends_block | (i_c == last - 1), gl.where(ends_block, i_a, blocks + task.i_n)
+
+
+@aggregate
+class States:
+    """States in memory, `[., H, K, V]` with any strides; or None."""
+
+    p: Pointer
+    s_n: Number
+    s_h: Number
+    s_k: Number
+    s_v: Number
+
+    @gluon.jit
+    def of(self, i, i_h):
+        return self.p + i * self.s_n + i_h.to(gl.int64) * self.s_h
+
+    @gluon.jit
+    def offsets(self, o_v, o_k):
+        """Of numbers `[v, k]`: states are held transposed in registers."""
+        return not_hoisted(o_v).to(gl.int64)[:, None] * self.s_v + not_hoisted(o_k).to(gl.int64)[None, :] * self.s_k
+
+
+@aggregate
+class Gates:
+    """Of each chunk in a ring the sums of its gates `[C]`, and the decays from its start `[C]`, times the scale, to its end `[C]`, and over
+    all of it `[1]`.
+    """
+
+    sums: gl.shared_memory_descriptor
+    from_start: gl.shared_memory_descriptor
+    to_end: gl.shared_memory_descriptor
+    decays: gl.shared_memory_descriptor
+    ring: Ring
+
+
+@gluon.jit
+def gate_buffers(n: gl.constexpr, ring):
+    row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    sums = gl.allocate_shared_memory(gl.float32, [n, C], row)
+    from_start = gl.allocate_shared_memory(gl.float32, [n, C], row)
+    to_end = gl.allocate_shared_memory(gl.float32, [n, C], row)
+    decays = gl.allocate_shared_memory(gl.float32, [n, 1], row)
+    return Gates(sums, from_start, to_end, decays, ring)
+
+
+@gluon.jit
+def gate_partition(work, gates, g, strides, scale, REVERSE: gl.constexpr):
+    """The gates of every chunk, from `g [B, T, H]` or None. One warp."""
+    g_b, g_t, g_h = strides
+    layout: gl.constexpr = gl.BlockedLayout([C // 32], [32], [1], [0])
+    r = gl.arange(0, C, layout)
+    at = ring_start()
+    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
+        task = work.task(i)
+        L = task.end - task.first
+        NT = task.chunks()
+        o_t = (NT - 1) * C + r if REVERSE else r
+        b_g = gl.zeros([C], gl.float32, layout)
+        if g is not None:
+            p_g = g + task.i_b * g_b + task.i_h.to(gl.int64) * g_h + (task.first + o_t).to(gl.int64) * g_t
+            # (back in time o_t is negative where there are no tokens)
+            b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
+        for _ in range(NT):
+            if g is not None:
+                b_g = b_n.to(gl.float32) * LOG2E
+                b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
+                # those of the next chunk arrive while these are summed
+                o_t += -C if REVERSE else C
+                p_g += -C * g_t if REVERSE else C * g_t
+                b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
+            whole = gl.floor(b_g + 0.5)
+            b_c = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
+            c_end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
+            gates.ring.acquire(at)
+            gates.sums.index(at.i).store(b_c)
+            gates.from_start.index(at.i).store(gl.exp2(b_c) * scale)
+            gates.to_end.index(at.i).store(gl.exp2(c_end - b_c))
+            gates.decays.index(at.i).store(gl.full([1], 0.0, gl.float32, layout) + gl.exp2(c_end))
+            gates.ring.commit(at)
+            at = gates.ring.after(at)
+
+
+@aggregate
+class Sums:
+    """Of each chunk in a ring the partial sums of its rows, which warp groups leave: `[buffers, rows, C]`, as many buffers to a chunk."""
+
+    partial: gl.shared_memory_descriptor
+    ring: Ring
+
+    @gluon.jit
+    def buffer(self, at, i):
+        """Buffer i of a chunk."""
+        return self.partial.index(at.i * (self.partial.shape[0] // self.ring.full.shape[0]) + i)
+
+
+@gluon.jit
+def sum_parts(partial, start, PARTS: gl.constexpr):
+    """The sums of the rows of PARTS buffers, as those of every fourth row."""
+    # A warp has half of the columns, and a thread 4 of them in 2 rows of a slice: few, as it has few registers.
+    layout: gl.constexpr = gl.BlockedLayout([2, 4], [4, 8], [1, 2], [1, 0])
+    SLICES: gl.constexpr = partial.shape[1] // 8
+    total = gl.sum(partial.index(start).slice(0, 8, dim=0).load(layout).reshape([4, 2, C]), 1)
+    for j in gl.static_range(1, SLICES * PARTS):
+        rows = partial.index(start + j // SLICES).slice(j % SLICES * 8, 8, dim=0).load(layout)
+        total += gl.sum(rows.reshape([4, 2, C]), 1)
+    return total
+
+
+@gluon.jit
+def row_sum_partition(work, sums, x_o, pairs, REVERSE: gl.constexpr):
+    """Rows x . o of each chunk, to `x_o [B, H, T]`. Two warps.
+
+    With `pairs [B, H, T]` there are two such o, and the buffers of a chunk are those of the first and then of the second: x_o gets the
+    rows of the first, and pairs what those of the second have more.
+    """
+    BUFFERS: gl.constexpr = sums.partial.shape[0] // sums.ring.full.shape[0]
+    PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
+    at = ring_start()
+    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
+        task = work.task(i)
+        NT = task.chunks()
+        for i_c in range(NT):
+            i_t = (NT - 1 - i_c if REVERSE else i_c) * C
+            sums.ring.wait(at)
+            b_x = gl.sum(sum_parts(sums.partial, at.i * BUFFERS, PARTS), 0)
+            r = gl.arange(0, C, b_x.type.layout)
+            o_x = (task.i_b * work.H + task.i_h) * work.T + task.first + i_t + r
+            mask = r < task.end - task.first - i_t
+            # A buffer is released after something that needs what was read of it. An arrival does not wait for the loads before it:
+            # where x was released right after them, its sums were now and then those of the next tile, which TMA had put there
+            # meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the barrier and the arrival).
+            gl.store(x_o + o_x, b_x, mask=mask)
+            if pairs is not None:
+                gl.store(pairs + o_x, gl.sum(sum_parts(sums.partial, at.i * BUFFERS + PARTS, PARTS), 0) - b_x, mask=mask)
+            sums.ring.release(at)
+            at = sums.ring.after(at)
+
+
+@gluon.jit
+def fragment_indices(n: gl.constexpr):
+    """Thread and number of `[128, n]`, a thread to a row."""
+    layout: gl.constexpr = gl.BlockedLayout([1, n], [32, 1], [4, 1], [1, 0])
+    return gl.arange(0, 128, gl.SliceLayout(1, layout))[:, None], gl.arange(0, n, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def to_fragments(x):
+    """`x [64, N]`, in the layout of a product, as `[128, N // 2]`: row t is what thread t holds of it, the 8 numbers of a tile of 16 x 16
+    side by side, those of its first 8 columns before the others, and of these those of its first 8 rows.
+    """
+    n: gl.constexpr = x.shape[1] // 2
+    # warp, which 8 rows, row; which 16 columns, which 8, pair, number
+    x = x.reshape([4, 2, 8, n // 8, 2, 4, 2]).permute((0, 2, 5, 3, 4, 1, 6)).reshape([128, n])
+    return gl.convert_layout(x, gl.BlockedLayout([1, n], [32, 1], [4, 1], [1, 0]), assert_trivial=True)
+
+
+@gluon.jit
+def store_sum(s_ds, x, W, i_a, i_h, anchors, H: gl.constexpr):
+    """The sums of what each warp of warp group W has of the numbers x: no warp waits for another."""
+    x = gl.sum(x.reshape([4, x.shape[0] // 4]), 1)
+    w = W * 4 + gl.arange(0, 4, x.type.layout)
+    gl.store(s_ds + (w * anchors + i_a) * H + i_h, x)
+
+
+@gluon.jit
+def prefetch(p, size: gl.constexpr):
+    """Bring `size` bytes from p on, in 32 pieces, to the L2 cache."""
+    p = p.to(gl.int64, bitcast=True) + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * (size // 32)
+    gl.inline_asm_elementwise(
+        'cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;', '=r,l,r',
+        [p, gl.full(p.shape, size // 32, gl.int32, p.type.layout)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@functools.cache
+def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    number = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, 1, rows, columns], number)
+
+
+def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, rows: int = CHUNK_TOKENS) -> Tiles:
+    """Of tiles `[1, 1, 1, rows, columns]` of `x [B, T, H, D]`, at coordinates as `Work.tile` makes them."""
+    B, T, H, D = x.shape
+    # a dimension of one may have any stride
+    b, t, h = (stride if size > 1 else 64 for stride, size in zip(x.stride(), (B, T, H)))
+    if cu_seqlens is None:
+        shape, strides = (B, 1, H, T, D), (b, t, h, t, 1)
+    else:
+        shape, strides = (2**31 - 1, 2**31 - 1, H, RAGGED_END.value, D), (RAGGED_STRIDE - t, t, h, t, 1)
+    return Tiles(x, shape, strides, (1, 1, 1, rows, columns), tile_layout(rows, columns, x.dtype))
+
+
+def padded(K: int, V: int) -> int:
+    """Rows and columns of a state of the sweeps up to 128."""
+    return 64 if max(K, V) <= 64 else 128

@@ -1,0 +1,453 @@
+"""The sweeps for o and dq on Hopper, K and V up to 128: every warp group has a job of its own, and the tensor cores wait for none.
+
+One program to a multiprocessor takes one head of a sequence, or of a segment of it, after another. Its partitions:
+
+    load_partition      1 warp             brings tiles of the next chunks to shared memory (TMA)
+    gate_partition      1 warp             sums the gates of the next chunks, and makes the decays
+    product_partition   4 warps            makes the products inside a chunk, P_ij = scale * exp(c_i - c_j) (q_i . k_j) for i >= j
+    state_partition     4 warps, 1 or 2    keeps 64 columns of the state in registers, transposed, and adds up these columns of o
+    row_sum_partition   2 warps            adds up the rows of x . o, where dg is wanted
+
+The state is transposed so that it feeds the tensor cores from the registers of the warp group that keeps it.
+
+`fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the carried states add to
+q . dq, and the products of the pairs inside a chunk,
+
+    A_ij = scale * exp(c_i - c_j) (q_i . k_j) (do_i . v_j)        for i > j
+
+summed over i for each j and over j for each i, in fp32. The diagonal is in neither: dg does not depend on it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .._blocks import count_blocks, count_sequences, is_sequence
+from .._launch import launcher
+from .._layout import multiprocessors, strides
+from .._passes import empty
+from .._sweeps import Operands, Setting, count_swept
+from .._triton import kernel_name
+from .common import (
+    BS,
+    C,
+    Descriptor,
+    Gates,
+    Number,
+    Pointer,
+    Ring,
+    States,
+    Sums,
+    Work,
+    aggregate,
+    barriers,
+    descriptor,
+    fragment_indices,
+    gate_buffers,
+    gate_partition,
+    padded,
+    ring,
+    ring_start,
+    row_sum_partition,
+    tma_load,
+    tma_store,
+    to_fragments,
+)
+
+
+@aggregate
+class Sweep:
+    """What the partitions share."""
+
+    work: Work
+    state_in: States
+    state_out: States
+    anchors: Pointer
+    anchor_blocks: Number
+    desc_q: Descriptor
+    desc_k: Descriptor
+    desc_v: Descriptor
+    desc_o: Descriptor
+    desc_x: Descriptor
+    qs: gl.shared_memory_descriptor
+    ks: gl.shared_memory_descriptor
+    vs: gl.shared_memory_descriptor
+    ps: gl.shared_memory_descriptor
+    os: gl.shared_memory_descriptor
+    xs: gl.shared_memory_descriptor
+    tiles: Ring
+    products: Ring
+    x: Ring
+    gates: Gates
+    sums: Sums
+    GQ: gl.constexpr
+    GV: gl.constexpr
+    K: gl.constexpr
+    V: gl.constexpr
+    BA: gl.constexpr
+    X: gl.constexpr
+
+
+@gluon.jit
+def load_partition(s):
+    work = s.work
+    at = ring_start()
+    at_x = ring_start()
+    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
+        task = work.task(i)
+        for i_t in range(0, task.end - task.first, C):
+            s.tiles.acquire(at)
+            bar = s.tiles.full.index(at.i)
+            mbarrier.expect(bar, C * (2 * s.qs.shape[2] + s.vs.shape[2]) * 2)
+            of_q = work.tile(task, task.end, task.i_h // s.GQ, i_t, 0)
+            of_v = work.tile(task, task.end, task.i_h // s.GV, i_t, 0)
+            tma_load(s.desc_q, of_q, bar, s.qs.index(at.i))
+            tma_load(s.desc_k, of_q, bar, s.ks.index(at.i))
+            tma_load(s.desc_v, of_v, bar, s.vs.index(at.i))
+            if s.X:
+                s.x.acquire(at_x)
+                bar_x = s.x.full.index(at_x.i)
+                mbarrier.expect(bar_x, C * s.vs.shape[2] * 2)
+                tma_load(s.desc_x, of_v, bar_x, s.xs.index(at_x.i))
+                at_x = s.x.after(at_x)
+            at = s.tiles.after(at)
+
+
+@gluon.jit
+def product_partition(s, scale, y):
+    """P of each chunk, and the sums of A: those over i in registers, those over j through `row_sum_partition`."""
+    work = s.work
+    H: gl.constexpr = work.H
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
+    at = ring_start()
+    at_p = ring_start()
+    at_x = ring_start()
+    at_s = ring_start()
+    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
+        task = work.task(i)
+        for i_t in range(0, task.end - task.first, C):
+            s.tiles.wait(at)
+            b_p = warpgroup_mma(
+                s.qs.index(at.i), s.ks.index(at.i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout),
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+            s.gates.ring.wait(at_p)
+            c_i = s.gates.sums.index(at_p.i).load(gl.SliceLayout(1, layout))
+            c_j = s.gates.sums.index(at_p.i).load(gl.SliceLayout(0, layout))
+            decay = gl.where(o_i[:, None] >= o_j[None, :], gl.exp2(c_i[:, None] - c_j[None, :]), 0.0) * scale
+            b_p = warpgroup_mma_wait(0, (b_p,))
+            b_p = b_p * decay
+            # empty: `gate_partition` has waited for that
+            s.ps.index(at_p.i).store(b_p.to(s.ps.dtype))
+            fence_async_shared()
+            s.products.commit(at_p)
+            if s.X:
+                s.x.wait(at_x)
+                b_a = warpgroup_mma(
+                    s.xs.index(at_x.i), s.vs.index(at.i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout),
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                b_a = warpgroup_mma_wait(0, (b_a,))
+                s.tiles.release(at)
+                s.x.release(at_x)
+                b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p, 0.0)
+                o_y = task.first + i_t + o_i
+                gl.store(y + (task.i_b * H + task.i_h) * work.T + o_y, gl.sum(b_a, 1), mask=o_y < task.end)
+                b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
+                s.sums.ring.acquire(at_s)
+                s.sums.buffer(at_s, s.os.shape[0]).store(b_a)
+                s.sums.ring.commit(at_s)
+                at_s = s.sums.ring.after(at_s)
+                at_x = s.x.after(at_x)
+            at = s.tiles.after(at)
+            at_p = s.products.after(at_p)
+
+
+@gluon.jit
+def state_partition(s, W: gl.constexpr):
+    """Columns W * BS to (W + 1) * BS of the state, and of o."""
+    work = s.work
+    H: gl.constexpr = work.H
+    BK: gl.constexpr = s.qs.shape[2]
+    dtype: gl.constexpr = s.qs.dtype
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    operand_o: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
+    operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
+    o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
+    o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
+    m_s = (o_v < s.V)[:, None] & (o_k < s.K)[None, :]
+    at = ring_start()
+    at_p = ring_start()
+    at_x = ring_start()
+    at_s = ring_start()
+    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
+        task = work.task(i)
+        b_s = gl.zeros([BS, BK], gl.float32, layout_s)
+        if s.state_in.p is not None:
+            i_in = task.i_s.to(gl.int64) if work.SEGMENTS else work.slot(task.i_n)
+            m_v = o_v < gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
+            p_in = s.state_in.of(i_in, task.i_h)
+            b_s = gl.load(
+                p_in + s.state_in.offsets(o_v, o_k), mask=m_v[:, None] & (o_k < s.K)[None, :], other=0.0
+            ).to(gl.float32)  # fmt: skip
+        b_h = gl.convert_layout(b_s.to(dtype), operand_o)
+        NT = task.chunks()
+        for i_c in range(NT):
+            if s.X:
+                wanted, i_a = work.anchor(task, i_c, s.anchor_blocks, s.BA)
+                if wanted:
+                    # the reverse sweep holds the state the other way round
+                    b_a = gl.inline_asm_elementwise(
+                        'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;', '=r,r', [b_h], dtype=b_h.dtype, is_pure=False, pack=2
+                    )  # fmt: skip
+                    t, x = fragment_indices(BK // 2)
+                    tile_16 = x // 8 * (BK // 16) + W * (BS // 16) + t // 32
+                    p_a = s.anchors + (i_a.to(gl.int64) * H + task.i_h) * (BK * BK)
+                    gl.store(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8), to_fragments(b_a))
+            s.tiles.wait(at)
+            # a wait on what is done: without it ptxas puts one of its own before the product with the decay (C7517)
+            b_s = warpgroup_mma_wait(0, (b_s,))
+            b_o = warpgroup_mma(
+                b_h, s.qs.index(at.i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o), use_acc=False, is_async=True
+            )  # fmt: skip
+            b_v = s.vs.index(at.i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
+            s.gates.ring.wait(at_p)
+            to_end = s.gates.to_end.index(at_p.i).load(gl.SliceLayout(0, operand_s))
+            b_d = (b_v.to(gl.float32) * to_end[None, :]).to(dtype)
+            from_start = s.gates.from_start.index(at_p.i).load(gl.SliceLayout(0, layout_o))
+            b_s = b_s * s.gates.decays.index(at_p.i).load(gl.SliceLayout(0, layout_s))[None, :]
+            b_s = warpgroup_mma(b_d, s.ks.index(at.i), b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, (b_o,))
+            b_o = b_o * from_start[None, :]
+            if s.X:
+                s.x.wait(at_x)
+                b_x = s.xs.index(at_x.i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o)
+                b_x = gl.convert_layout(b_x, layout_o)
+                b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
+                s.sums.ring.acquire(at_s)
+                s.sums.buffer(at_s, W).store(b_x)
+                s.sums.ring.commit(at_s)
+                # not before the sums are written: see `row_sum_partition`
+                s.x.release(at_x)
+                at_s = s.sums.ring.after(at_s)
+                at_x = s.x.after(at_x)
+            s.products.wait(at_p)
+            b_p = s.ps.index(at_p.i).permute((1, 0))
+            b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), b_p, b_o, is_async=True)
+            b_s = warpgroup_mma_wait(1, (b_s,))
+            s.tiles.release(at)
+            b_h = gl.convert_layout(b_s.to(dtype), operand_o)
+            tma.store_wait(0)
+            b_o = warpgroup_mma_wait(0, (b_o,))
+            s.products.release(at_p)
+            s.os.index(W).permute((1, 0)).store(b_o.to(dtype))
+            fence_async_shared()
+            tma_store(s.desc_o, work.tile(task, task.end, task.i_h, i_c * C, W * BS), s.os.index(W))
+            at = s.tiles.after(at)
+            at_p = s.products.after(at_p)
+        work.clear(task, s.desc_o, s.os.index(W), W * BS)
+        if s.state_out.p is not None:
+            # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
+            slot = work.slot(task.i_n)
+            swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
+            if is_sequence(task.i_n, work.N) & (slot >= 0) & (task.end == task.eos) & swept:
+                p_out = s.state_out.of(slot, task.i_h)
+                gl.store(p_out + s.state_out.offsets(o_v, o_k), b_s, mask=m_s)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=['tasks', 'N', 'T', 'P', 'segment', 'anchor_blocks', 'scale'],
+    repr=kernel_name('hopper_sweep'),
+)
+def hopper_sweep_kernel(
+    desc_q, desc_k,  # tiles [C, BK] of [B, T, H // GQ, K]
+    desc_v,  # tiles [C, BV] of [B, T, H // GV, V]
+    desc_o,  # tiles [C, BS] of [B, T, H, V]
+    desc_x,  # tiles [C, BV] of [B, T, H // GV, V], or None
+    g,  # [B, T, H], any strides, or None
+    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
+    state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
+    x_o,  # [1, B, H, T]: rows x . o of what of o comes from the carried state, less the sums of A over i
+    y,  # [1, B, H, T]: the sums of A over j, negative
+    anchors,  # [anchor blocks + N, H, BK * BK]: states before some chunks, transposed 8 x 8 tile by 8 x 8 tile
+    cu_seqlens,  # [N + 1] or None
+    indices,  # [N]: the slots of the sequences' states in a pool; or None
+    scale, tasks, N, T,
+    P,  # slots of the pool
+    segment,  # tokens
+    anchor_blocks,
+    g_b, g_t, g_h,
+    si_n, si_h, si_k, si_v,
+    so_n, so_h, so_k, so_v,
+    ROLE: gl.constexpr,  # what the sweep makes: the kernel's name tells it
+    H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
+    SEGMENTS: gl.constexpr, X: gl.constexpr,
+    STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr, SUMS: gl.constexpr,
+    STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """o of tasks after tasks. Rings, with NW state partitions, one for 64 columns of V:
+
+        ring           buffers                    full                        empty
+        tiles          STAGES: q, k, v            load, by TMA                each state; with x products
+        gates          PRODUCTS: sums, decays     gates                       that of products
+        products       PRODUCTS: P                products                    each state
+        x              X_STAGES: x                load, by TMA                each state, products
+        sums           SUMS: partial row sums     each state, products        row sums
+
+    `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of the chunk. Without
+    x it does not release tiles: each state does after it has waited for P, which was made of them.
+    """
+    dtype: gl.constexpr = desc_q.dtype
+    by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    by_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
+    NW: gl.constexpr = BV // BS
+    qs = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    ks = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
+    ps = gl.allocate_shared_memory(dtype, [PRODUCTS, C, C], square)
+    os = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
+    tiles = ring(STAGES, 1, NW + X)
+    products = ring(PRODUCTS, 1, NW)
+    gates = gate_buffers(PRODUCTS, Ring(barriers(PRODUCTS, 1), products.empty))
+    if X:
+        xs = gl.allocate_shared_memory(dtype, [X_STAGES, C, BV], by_v)
+        x = ring(X_STAGES, 1, NW + 1)
+        partial_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
+        partial = gl.allocate_shared_memory(gl.float32, [SUMS * (NW + 1), 32, C], partial_layout)
+        sums = Sums(partial, ring(SUMS, NW + 1, 1))
+    else:
+        # what is there stands in for what nobody reads
+        xs = vs
+        x = tiles
+        sums = Sums(gates.sums, tiles)
+    fence_async_shared()
+
+    work = Work(cu_seqlens, indices, tasks, N, T, P, segment, H, SEGMENTS)
+    s = Sweep(
+        work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v), anchors, anchor_blocks,
+        desc_q, desc_k, desc_v, desc_o, desc_x, qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
+        GQ, GV, K, V, BA, X,
+    )  # fmt: skip
+    of_g = (work, gates, g, (g_b, g_t, g_h), scale, False)
+    of_sums = (work, sums, x_o, None, False)
+    if NW == 2:
+        if X:
+            gl.warp_specialize([
+                (state_partition, (s, 0)),
+                (state_partition, (s, 1)),
+                (product_partition, (s, scale, y)),
+                (gate_partition, of_g),
+                (load_partition, (s,)),
+                (row_sum_partition, of_sums),
+            ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (state_partition, (s, 0)),
+                (state_partition, (s, 1)),
+                (product_partition, (s, scale, y)),
+                (gate_partition, of_g),
+                (load_partition, (s,)),
+            ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif X:
+        gl.warp_specialize([
+            (state_partition, (s, 0)),
+            (product_partition, (s, scale, y)),
+            (gate_partition, of_g),
+            (load_partition, (s,)),
+            (row_sum_partition, of_sums),
+        ], [4, 1, 1, 2], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (state_partition, (s, 0)),
+            (product_partition, (s, scale, y)),
+            (gate_partition, of_g),
+            (load_partition, (s,)),
+        ], [4, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+
+
+class Config(NamedTuple):
+    """Buffers of each ring, programs to a multiprocessor, and registers to a thread: of the states, of the products (of one state
+    partition there is no second, and the states' are the kernel's own), of the others, and the most of the kernel as ptxas sees it.
+    """
+
+    stages: int
+    x_stages: int
+    products: int
+    sums: int
+    resident: int
+    state_registers: int
+    product_registers: int
+    other_registers: int
+    most_registers: int
+
+
+# By dim, and whether the sweep leaves what dg needs. The registers of all warp groups are 64 K, or half of that where two programs share a
+# multiprocessor; with fewer for the states ptxas puts a wait after every product (C7512).
+CONFIGS = {
+    (64, False): Config(3, 1, 3, 1, 2, 144, 64, 32, 80),
+    (64, True): Config(2, 2, 2, 1, 2, 144, 72, 24, 80),
+    (128, False): Config(3, 1, 3, 1, 1, 200, 80, 32, 128),
+    (128, True): Config(2, 2, 3, 2, 1, 192, 96, 32, 128),
+}
+
+
+@launcher
+def launch_sweep(tensors, setting: Setting):
+    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    H = max(HQ, HV)
+    D = padded(K, V)
+    scale, segment, BA, *_ = setting
+    tasks = count_swept(B, T, segment, cu_seqlens) * H
+    config = CONFIGS[D, x is not None]
+    args = (
+        *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, BS.value, cu_seqlens),
+        None if x is None else descriptor(x, D, cu_seqlens),
+        g, state_in, state_out, *others, cu_seqlens, indices,
+        scale, tasks, count_sequences(B, cu_seqlens), T,
+        0 if indices is None else state_out.shape[0], segment or 0, count_blocks(B, T, BA, cu_seqlens),
+        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
+    )  # fmt: skip
+    constants = dict(
+        ROLE=setting.role, H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None,
+        X=x is not None, STAGES=config.stages, X_STAGES=config.x_stages, PRODUCTS=config.products, SUMS=config.sums,
+        STATE_REGISTERS=config.state_registers, PRODUCT_REGISTERS=config.product_registers,
+        OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers, num_warps=4,
+    )  # fmt: skip
+    return hopper_sweep_kernel, (min(tasks, config.resident * multiprocessors(q.device)), 1, 1), args, constants
+
+
+def sweep(operands: Operands, setting: Setting):
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs:
+    the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A over i, and those over j,
+    `y [1, B, H, T]`, negative.
+    """
+    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    B, T, H, _, V = operands.sizes()
+    o = empty(q, B, T, H, V)
+    x_o = y = None
+    if x is not None:
+        x_o, y = (empty(q, 1, B, H, T, dtype=torch.float32) for _ in range(2))
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices), setting)
+    return o, x_o, y
+
+
+def anchor_size(K: int, V: int) -> int:
+    """Numbers of an anchor of a state `[K, V]`."""
+    return padded(K, V) ** 2
