@@ -3,15 +3,15 @@
     python examples/train_lm.py --save model.pt    # or go without, and see random weights write
     python examples/generate.py --model model.pt
 
-What a conversation is remembered by is one state for each layer, of a size that never grows. All of them lie in a pool
-for each layer. A conversation that joins gets a free slot: a parallel mode of the library reads the prompt and leaves
-the state there. From then on a step is one byte for each of a few conversations: the recurrent mode is told their slots,
-and replaces the states in place. Those that are not in the step wait in the pool and cost nothing; one that is done
-leaves, and its slot is the next one's. No step has other shapes than the one before: rows without a conversation are
-padding, slot -1. So on a GPU it is captured once, as a CUDA graph, and replayed.
+A conversation is remembered by one state for each layer. The states never grow. Each layer has a pool of slots for the
+states of all conversations. A conversation that joins gets a free slot: a parallel mode of the library reads the prompt
+and leaves the state there. From then on, a step writes one byte for each of a few conversations: the recurrent mode
+gets their slots, and replaces the states in place. The states of other conversations wait in the pool and cost nothing.
+When a conversation is done it leaves, and its slot is free for the next one. All steps have the same shapes: a row
+without a conversation is padding, with slot -1. So on a GPU the step is captured once, as a CUDA graph, and replayed.
 
-None of this may change what is written: at the end every conversation is run once more by itself, and has to write
-the same bytes.
+None of this may change what is written: at the end every conversation runs once more by itself, and has to write the
+same bytes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PROMPTS = ('def ', 'import ', 'class ', 'for i in range(', '    return ', 'if __
 
 
 class Conversation:
-    """A prompt, and the bytes written behind it."""
+    """A prompt, and the bytes written after it."""
 
     def __init__(self, number: int, prompt: bytes, length: int, temperature: float) -> None:
         self.prompt = prompt
@@ -70,7 +70,7 @@ class Engine:
         return logits[:, -1]
 
     def read(self, prompt: bytes, slot: int) -> torch.Tensor:
-        """The logits of the byte behind a prompt, of which the memory is left in this slot."""
+        """The logits of the byte after a prompt. The states after the prompt are left in this slot."""
         for pool in self.pools:
             pool[slot] = 0
         tokens = torch.tensor([list(prompt)], device=self.tokens.device)
@@ -78,7 +78,7 @@ class Engine:
         return logits[0, -1].cpu()
 
     def step(self, conversations: list[Conversation]) -> torch.Tensor:
-        """The logits of the bytes behind the last ones, for conversations that have slots, as many as there are rows at most."""
+        """The logits of the next bytes of these conversations, which have slots. There are at most as many as rows."""
         padding = len(self.slots) - len(conversations)
         last = [c.written[-1] for c in conversations] + [0] * padding
         slots = [c.slot for c in conversations] + [-1] * padding
@@ -92,7 +92,7 @@ class Engine:
 
 @torch.inference_mode()
 def serve(model: LanguageModel, conversations: list[Conversation], slots: int, batch: int) -> int:
-    """Run all conversations to their ends; the number of steps."""
+    """Run all conversations to their ends. Returns the number of steps."""
     engine = Engine(model, slots, batch)
     waiting, joined, free = deque(conversations), deque(), list(range(slots))
     steps = 0
@@ -102,7 +102,7 @@ def serve(model: LanguageModel, conversations: list[Conversation], slots: int, b
             conversation.slot = free.pop()
             conversation.write(engine.read(conversation.prompt, conversation.slot))
             joined.append(conversation)
-        # those that have waited longest
+        # the conversations that have waited longest
         turn = [joined.popleft() for _ in range(min(batch, len(joined)))]
         running = [conversation for conversation in turn if not conversation.done]
         if running:
@@ -139,7 +139,7 @@ def load(path: Path | None, device: str) -> LanguageModel:
         model.load_state_dict(saved['weights'])
     except OSError as error:
         sys.exit(f'generate.py: cannot read {path}: {error.strerror}')
-    except Exception:  # of bytes that are something else the unpickler raises errors of many kinds
+    except Exception:  # the unpickler raises many kinds of errors for other files
         sys.exit(f'generate.py: {path} holds no model that train_lm.py saved')
     return model
 
@@ -150,7 +150,7 @@ def main() -> None:
     model = load(args.model, 'cuda' if torch.cuda.is_available() else 'cpu')
 
     def conversation(n: int) -> Conversation:
-        # of unequal lengths: they leave one by one
+        # the lengths differ, so that they leave one by one
         length = max(1, args.generate * (4 + n % 5) // 8)
         return Conversation(n, os.fsencode(PROMPTS[n % len(PROMPTS)]), length, args.temperature)
 

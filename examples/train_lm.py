@@ -3,10 +3,9 @@
     python examples/train_lm.py                    # learns the source code of Python's own standard library
     python examples/train_lm.py --text book.txt    # or any file of yours
 
-Training and the reading of the prompt run through a parallel mode of the library, writing through its recurrent mode:
-the states that the one leaves are where the other starts, and they never grow. At its defaults this takes about a
-minute on two CPU cores that are otherwise idle; where there is a CUDA device, the kernels run and the default model is
-larger.
+Training and reading the prompt use a parallel mode of the library, and writing uses its recurrent mode. The recurrent
+mode starts from the states that the parallel mode leaves, and they never grow. With the defaults this takes about a
+minute on two CPU cores that are otherwise idle. With a CUDA device the kernels run, and the default model is larger.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from fla_simple_gla import chunk_simple_gla as parallel_mode
 from fla_simple_gla import fused_recurrent_simple_gla as recurrent_mode
 
 BYTES = 256
-MOST_TEXT = 4_000_000
+MAX_TEXT_BYTES = 4_000_000
 HELD_OUT = 0.05
 HELD_OUT_WINDOWS = 64
 UNIFORM = math.log2(BYTES)
@@ -38,7 +37,7 @@ DEFAULTS = {
     'cuda': {'width': 384, 'layers': 6, 'heads': 6, 'length': 512, 'batch': 16, 'steps': 1500, 'lr': 1.5e-3},
 }
 
-# What the model remembers of the text so far: one state [batch, heads, head width, head width] a layer, in fp32.
+# What the model remembers of the text so far: for each layer one state [batch, heads, head width, head width], in fp32.
 Memory = list[torch.Tensor]
 
 
@@ -51,8 +50,8 @@ class Mixer(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.project = nn.Linear(width, 4 * width, bias=False)
         self.forget = nn.Linear(width, heads, bias=False)
-        # A head that remembers for n tokens decays by exp(-1 / n) = sigmoid(bias) at each. The heads start at n from
-        # `longest` to `shortest`, whatever they read (the weights start at zero), and learn from there what to keep.
+        # A head that remembers for n tokens decays by exp(-1 / n) = sigmoid(bias) at each token. At the start, n goes
+        # from `longest` to `shortest` over the heads, whatever they read, because the weights are zero.
         memories = torch.logspace(math.log10(longest), math.log10(shortest), heads)
         self.forget_bias = nn.Parameter(-torch.expm1(1 / memories).log())
         self.head_norm = nn.RMSNorm(width // heads)
@@ -68,13 +67,13 @@ class Mixer(nn.Module):
         mode = recurrent_mode if decoding else parallel_mode
         wanted = state is not None
         o, state = mode(F.silu(q), F.silu(k), v, g, initial_state=state, output_final_state=wanted, state_indices=slots)
-        # o is a sum over as many tokens as the head remembers: the norm takes that size out.
+        # o is a sum over as many tokens as the head remembers: the norm makes its size independent of that number.
         o = self.head_norm(o.float()) * F.silu(out_gate)
         return self.out(o.flatten(2)), state
 
 
 class MLP(nn.Module):
-    """SwiGLU: each token by itself."""
+    """SwiGLU, on each token by itself."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,9 +115,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[torch.Tensor, Memory | None]:
         """Logits `[B, T, 256]` of the bytes after tokens `[B, T]`, and the memory after them if one was given.
 
-        `decoding` takes the tokens one after the other, as the recurrent mode does; it changes nothing but rounding.
-        With `slots` `[B]` the memory is that of many texts, and is changed in place: row b goes on with the one in slot
-        `slots[b]`, or is none where that is -1 (`generate.py`).
+        With `decoding` the recurrent mode takes the tokens one by one; only the rounding differs. With `slots` `[B]`
+        the memory is a pool with the states of many texts, which are replaced in place: row b is the text in slot
+        `slots[b]`, or padding where that is -1 (`generate.py`).
         """
         x = self.embed(tokens)
         states = []
@@ -127,18 +126,18 @@ class LanguageModel(nn.Module):
             states.append(state)
             x = x + mixed
             x = x + mlp(x)
-        # the embedding reads as well as writes: its transpose makes the logits
+        # the weights of the embedding, transposed, also make the logits
         return F.linear(self.norm(x), self.embed.weight).float(), None if memory is None else states
 
     def empty_memory(self, batch: int = 1) -> Memory:
-        """The memory of having read nothing."""
+        """The memory of a model that has read nothing."""
         width, heads = self.embed.embedding_dim, self.mixers[0].heads
         shape = (batch, heads, width // heads, width // heads)
         return [self.embed.weight.new_zeros(shape, dtype=torch.float32) for _ in self.mixers]
 
 
 class Progress:
-    """A bar on one line of the terminal, and lines above it that stay. Where there is no terminal: just those lines."""
+    """A bar on one line of the terminal, and lines above it that stay. Without a terminal, only those lines."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -159,17 +158,17 @@ class Progress:
         print(text, flush=True)
 
     def _write(self, text: str) -> None:
-        # padded, so that a shorter text leaves nothing of a longer one
+        # padded, so that a shorter text covers a longer one
         print(f'\r{text[: self.columns]:<{self.columns}}\r', end='', flush=True)
 
 
 def windows(data: torch.Tensor, length: int) -> torch.Tensor:
-    """Every stretch of length + 1 bytes, as a view `[N, length + 1]`: the inputs, and one further on the targets."""
+    """All windows of length + 1 bytes, as a view `[N, length + 1]`: inputs, and targets shifted by one byte."""
     return data.unfold(0, length + 1, 1)
 
 
 def bits(model: LanguageModel, batch: torch.Tensor) -> torch.Tensor:
-    """What the bytes of windows `[B, length + 1]` after the first cost the model, in bits each."""
+    """The bits that the model needs for each byte of windows `[B, length + 1]`, without the first bytes; the mean."""
     batch = batch.long()
     logits, _ = model(batch[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / math.log(2)
@@ -177,7 +176,7 @@ def bits(model: LanguageModel, batch: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def held_out_bits(model: LanguageModel, held_out: torch.Tensor, args: argparse.Namespace) -> float:
-    """The mean of `bits` over windows spread evenly over text that the training never reads."""
+    """The mean of `bits` over windows that are spread evenly over text that training never reads."""
     every = windows(held_out, args.length)
     count = min(HELD_OUT_WINDOWS, len(every))
     chosen = every[torch.linspace(0, len(every) - 1, count, device=every.device).long()]
@@ -185,7 +184,7 @@ def held_out_bits(model: LanguageModel, held_out: torch.Tensor, args: argparse.N
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Up in a line over the first 5% of the steps, then down to a tenth along half a cosine."""
+    """The learning rate of a step: it rises linearly over the first 5%, then falls to a tenth along half a cosine."""
     warmup = math.ceil(0.05 * args.steps)
     if step <= warmup:
         return args.lr * step / warmup
@@ -196,7 +195,7 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
     device = text.device
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    # norms and the forget gates' biases are sizes, not directions: nothing should pull them to zero
+    # no weight decay for norms and the biases of forget gates: nothing should pull them to zero
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     choices = windows(text, args.length)
@@ -218,7 +217,8 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        # the mean of the first steps, then a running one; it is read only to be shown, since reading waits for the GPU
+        # the mean of the first steps, then a running mean; it is read only where it is shown, because that waits for
+        # the GPU
         average.lerp_(loss.detach(), max(1 / step, 0.05))
         if progress.live and step % 5 == 0:
             progress.update(step, f'{average.item():.2f} bits per byte')
@@ -232,11 +232,11 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
 
 @torch.inference_mode()
 def compare_modes(model: LanguageModel, text: torch.Tensor) -> tuple[float, float]:
-    """Read one text `[1, T]` in both ways; the largest difference between the logits, and the largest logit.
+    """The largest difference between the logits of one text `[1, T]`, read in two ways, and the largest logit.
 
-    Once in one piece with the parallel mode. Once as writing does it: the first third with the parallel mode, which
-    hands its memory over (a third, so that this is rarely a boundary of its chunks), then byte by byte with the
-    recurrent mode. All in fp32, so that nothing but rounding can differ.
+    The first way is all of it with the parallel mode. The second is that of writing: the first third with the parallel
+    mode, and from its memory byte by byte with the recurrent mode. (A third is rarely a multiple of the chunks.) All is
+    in fp32, so that only the rounding can differ.
     """
     whole, _ = model(text)
     part = math.ceil(text.shape[1] / 3)
@@ -250,7 +250,7 @@ def compare_modes(model: LanguageModel, text: torch.Tensor) -> tuple[float, floa
 
 @torch.inference_mode()
 def write(model: LanguageModel, prompt: torch.Tensor, args: argparse.Namespace) -> tuple[bytes, Memory]:
-    """`args.generate` bytes after the prompt `[1, T]`, sampled, and the memory at the end."""
+    """`args.generate` bytes, sampled, that follow the prompt `[1, T]`, and the memory at the end."""
     dice = torch.Generator().manual_seed(args.seed)
     logits, memory = model(prompt, model.empty_memory())
     written = bytearray()
@@ -264,7 +264,7 @@ def write(model: LanguageModel, prompt: torch.Tensor, args: argparse.Namespace) 
 
 
 def printable(text: bytes) -> str:
-    """Text for a terminal: a model that is free to write any byte must not send control codes."""
+    """Text for a terminal. The model can write any byte: control codes are replaced."""
     characters = text.decode(errors='replace')
     return ''.join(c if c.isprintable() or c in '\n\t' else '\N{REPLACEMENT CHARACTER}' for c in characters)
 
@@ -274,7 +274,7 @@ def fail(message: str) -> NoReturn:
 
 
 def read_text(path: Path | None) -> tuple[bytes, str]:
-    """The bytes to learn from, at most MOST_TEXT of them, and where they are from, in words."""
+    """The bytes to learn from, at most MAX_TEXT_BYTES, and a description of where they come from."""
     if path is not None:
         files, source = [path], str(path)
     else:
@@ -288,7 +288,7 @@ def read_text(path: Path | None) -> tuple[bytes, str]:
             if file.exists() and not file.is_file():
                 fail(f'cannot read {file}: not a regular file')
             with file.open('rb') as stream:
-                text += stream.read(MOST_TEXT - len(text))
+                text += stream.read(MAX_TEXT_BYTES - len(text))
         except OSError as error:
             fail(f'cannot read {file}: {error.strerror}')
     return bytes(text), source
@@ -322,7 +322,7 @@ def parse_arguments(device: str) -> argparse.Namespace:
         '--text',
         type=Path,
         metavar='FILE',
-        help=f'what to learn, any bytes, the first {MOST_TEXT:,} of them (default: the Python standard library)',
+        help=f'what to learn, any bytes, the first {MAX_TEXT_BYTES:,} of them (default: the Python standard library)',
     )
     parser.add_argument('--save', type=Path, metavar='FILE', help='where to leave the model, for generate.py')
     option('width', number(int, 1), 'width of the residual stream')
