@@ -23,7 +23,9 @@ PACKED = (0, 0, 700, 1000, 1001, 1900)
 
 def cases() -> list[dict]:
     """Dims and dtypes, then variations of what a call is given."""
-    plain = dict(B=2, T=2000, H=4, HK=4, K=128, V=128, dtype='bfloat16', gate='g', states=True, packed=False, pool=False)
+    plain = dict(
+        B=2, T=2000, H=4, HK=4, K=128, V=128, dtype='bfloat16', gate='g', states=True, packed=False, pool=False
+    )
     found = []
     for (K, V), dtype in itertools.product(DIMS, ('bfloat16', 'float16', 'float32')):
         found.append(plain | dict(K=K, V=V, dtype=dtype))

@@ -1,20 +1,21 @@
 """How a batch is cut into blocks of tokens, be its sequences rows of equal length or packed one after the other.
 
-The boundaries of packed sequences are on the device, and nobody has looked at them. So kernels take them for what they can be: a bound
-is moved into the batch, and a sequence that would end before it begins is empty. What `cu_seqlens` contains then leads no kernel out of
-a tensor. Two stretches of a packed batch are no sequences: the tokens before the first one are number -1, and those after the last one
-are number N. They get zeros.
+The bounds of packed sequences are on the device, and the host has not looked at them. So kernels take them for whatever
+they are: a bound is moved into the batch, and a sequence that would end before it begins is empty. No content of
+`cu_seqlens` then leads a kernel out of a tensor. Two stretches of a packed batch are no sequences: the tokens before
+the first one have number -1, and those after the last one number N. They get zeros.
 
-A kernel that runs on blocks of `BT` tokens needs to know which block is whose. So number n gets the slots from `bos // BT + n + 1` on:
-always enough for its blocks, and `T // BT + N + 2` in all is a bound that the host knows. Each number has at least one slot, an empty one
-too; some more stay empty.
+A kernel that runs on blocks of `BT` tokens needs to know whose a block is. Number n gets the blocks from
+`bos // BT + n + 1` on. These are always enough for its tokens, and `T // BT + N + 2` in all is a bound that the host
+knows. Each number has at least one block, be it empty, and some blocks stay empty.
 
-A slot belongs to a number that begins in it or before it, while the next number begins after it. Where bounds never decrease there is
-one such number, and all that it has are its own slots. Where they decrease there may be several, and a search finds one of them. Then too
-every token is in a block of some slot: a search for a later slot finds no earlier number, and the first block that it finds of a number
-begins no later than the block before it ends. But sequences may share tokens and slots. What they get then is some finite result, and
-what one kernel leaves in a slot may be another sequence's than the one that reads it, or not be there at all: kernels that run on
-sequences, or on blocks of another size, ask whose a slot is (`number_of`) before they rely on it.
+A block belongs to a number whose blocks begin at it or before it, where those of the next number begin after it. If
+bounds never decrease, there is one such number, and its blocks are all its own. If they decrease, there may be several,
+and a search finds one of them. Every token is then still in some block: the search for a later block finds no earlier
+number, and the first block that it finds of a number begins no later than the block before it ends. But sequences may
+share tokens and blocks. Their results are then finite numbers without meaning. What one kernel leaves for a block may
+be another sequence's than the one that reads it, or not be there at all: so a kernel that runs on sequences, or on
+blocks of another size, asks whose a block is (`number_of`) before it relies on it.
 """
 
 import torch
@@ -24,7 +25,7 @@ from ._triton import jit, tl
 
 @jit
 def is_sequence(i_n, N):
-    """Whether number i_n is a sequence, and not what lies before or after all of them."""
+    """Whether number i_n is a sequence, and not the tokens before or after all of them."""
     return (i_n >= 0) & (i_n < N)
 
 
@@ -44,7 +45,7 @@ def sequence_bounds(cu_seqlens, i_n, N, T):
 
 @jit
 def state_slot(indices, i_n, N, P):
-    """Where the state of number i_n lies among others; -1 where it has none among the P of a pool."""
+    """The slot of the state of number i_n: in a pool of P slots by its index, or -1 where that names none; else i_n."""
     if indices is None:
         return i_n.to(tl.int64)
     else:
@@ -54,7 +55,7 @@ def state_slot(indices, i_n, N, P):
 
 @jit
 def first_block(cu_seqlens, i_n, bos, T, BT):
-    """Where the slots of number i_n begin, whose first token is bos."""
+    """The first block of number i_n, whose first token is bos."""
     if cu_seqlens is None:
         return i_n * tl.cdiv(T, BT)
     else:
@@ -63,7 +64,7 @@ def first_block(cu_seqlens, i_n, bos, T, BT):
 
 @jit
 def number_of(cu_seqlens, i_s, N, T, BT):
-    """The number that slot i_s of packed sequences belongs to."""
+    """The number that block i_s of packed sequences belongs to."""
     lo = -1
     hi = N
     while lo < hi:
@@ -77,9 +78,10 @@ def number_of(cu_seqlens, i_s, N, T, BT):
 
 @jit
 def block_bounds(cu_seqlens, i_s, N, T, BT):
-    """Of slot i_s: its row of the batch, its number, its first token and the one after its last, and those of the number.
+    """Of block i_s: its row of the batch and its number; its first token and the one after its last; those of the
+    number.
 
-    first >= end in an empty slot, and first >= bos in any.
+    first >= end in an empty block, and first >= bos in any.
     """
     if cu_seqlens is None:
         NT = tl.cdiv(T, BT)
@@ -97,10 +99,10 @@ def count_sequences(B: int, cu_seqlens: torch.Tensor | None) -> int:
 
 
 def count_numbers(B: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Sequences, and, where they are packed, what lies before and after them."""
+    """Sequences; of packed ones also the tokens before and after all of them."""
     return B if cu_seqlens is None else cu_seqlens.shape[0] + 1
 
 
 def count_blocks(B: int, T: int, BT: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Blocks of BT tokens in a batch, or a bound on them, what lies before and after packed sequences included."""
+    """Blocks of BT tokens in a batch; of packed sequences a bound, with the tokens before and after all of them."""
     return B * -(-T // BT) if cu_seqlens is None else T // BT + cu_seqlens.shape[0] + 1

@@ -1,4 +1,4 @@
-"""How tensors lie in memory: rows that kernels read in place, head groups that are summed, states that are transposed."""
+"""How tensors lie in memory: rows that kernels read in place, head groups that are summed, transposed states."""
 
 import functools
 
@@ -24,7 +24,8 @@ def load_rows(rows, stride, L, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: 
     else:
         o_t = i_t + tl.arange(0, BT)
         o_d = i_d + tl.arange(0, BD)
-        return tl.load(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=(o_t < L)[:, None] & (o_d < D)[None, :], other=0.0)
+        p = rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+        return tl.load(p, mask=(o_t < L)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @jit
@@ -34,7 +35,8 @@ def store_rows(rows, stride, L, i_t, i_d, x, D: tl.constexpr, BT: tl.constexpr, 
     else:
         o_t = i_t + tl.arange(0, BT)
         o_d = i_d + tl.arange(0, BD)
-        tl.store(rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
+        p = rows + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+        tl.store(p, x, mask=(o_t < L)[:, None] & (o_d < D)[None, :])
 
 
 def cdiv(n: int, d: int) -> int:
@@ -48,7 +50,7 @@ def next_power_of_2(n: int) -> int:
 
 @functools.cache
 def exists(device: torch.device) -> bool:
-    """Whether it is a GPU of this machine; one that fake tensors are on may not be."""
+    """Whether the device is a GPU of this machine. Fake tensors may be on one that is not."""
     return device.type == 'cuda' and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
 
 
@@ -63,7 +65,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def use_descriptors(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel is to read and write these tensors through descriptors: on Hopper, if their rows are aligned to 16 bytes."""
+    """Whether a plain kernel takes these tensors through descriptors: on Hopper, if rows are aligned to 16 bytes."""
     given = [x for x in tensors if x is not None]
     return is_hopper(given[0].device) and all(
         x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3]) for x in given
@@ -76,7 +78,7 @@ def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
 
 
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, whatever the others are; else a copy."""
+    """x itself if its last dimension is contiguous, whatever the others are; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""What a sweep is given, be it a plain one (`fused_chunk.py`) or one for Hopper (`hopper/`), over whole sequences or over segments."""
+"""What a sweep is given: a plain one (`fused_chunk.py`) or one for Hopper (`hopper/`), over sequences or segments."""
 
 from typing import NamedTuple
 
@@ -42,8 +42,9 @@ class Setting(NamedTuple):
 
 
 class SweepConfig(NamedTuple):
-    """How a plain sweep is cut: chunks of BT tokens, BV columns of V and `warps` to a program, loads `stages` chunks deep, and pieces of
-    at most BK rows of the state. Where TMA is False rows are read by pointers in any case.
+    """How a plain sweep is cut: chunks of BT tokens; BV columns of V and `warps` to a program; loads `stages` chunks
+    ahead; pieces of at most BK rows of the state. If TMA is False, rows are read by pointers even where TMA can read
+    them.
     """
 
     BT: int
@@ -55,12 +56,12 @@ class SweepConfig(NamedTuple):
 
 
 def count_swept(B: int, T: int, segment: int | None, cu_seqlens: torch.Tensor | None) -> int:
-    """How many sequences or segments a sweep has, with those of tokens in no sequence, which get zeros."""
+    """How many sequences or segments a sweep goes over, with the tokens in no sequence, which get zeros."""
     return count_numbers(B, cu_seqlens) if segment is None else count_blocks(B, T, segment, cu_seqlens)
 
 
 def final_states(inputs: Inputs, options: Options) -> torch.Tensor | None:
-    """Where the final states go: with indices to the pool, else to a new tensor, if they are asked for."""
+    """Where the final states go: with indices the pool; else a new tensor, if they are asked for."""
     q, _, v, _, pool, cu_seqlens, indices, _ = inputs
     if indices is not None:
         return pool

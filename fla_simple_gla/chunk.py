@@ -1,34 +1,55 @@
-"""Simple GLA in sweeps over segments of the sequences, all at once: however few sequences and heads there are, the GPU is full.
+"""Simple GLA in sweeps over segments of the sequences, all at once: the GPU is full, however few sequences there are.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t
 
 A sequence is cut into segments of some hundred to many thousand tokens:
 
-1. The summary kernel reads k and v, and leaves for each segment the state that it would end with had it begun with none, and its
-   decay: `(S_local, a)`.
-2. The combine kernel goes over the segments of a sequence, from its initial state, and puts in the place of each S_local the state
-   before that segment: `S <- a S + S_local`.
+1. The summary kernel reads k and v. For each segment it leaves the state that the segment would end with had it begun
+   with none, and its decay: `(S_local, a)`.
+2. The combine kernel goes over the segments of a sequence, from its initial state: `S <- a S + S_local`. In the place
+   of each S_local it puts the state before that segment.
 3. The sweep of `fused_chunk.py` runs over every segment, from the state before it.
 
-The backward keeps those states. In the summaries back in time q and do take the places of k and v, and what the combine leaves is the
-gradient of the state behind each segment; three sweeps over every segment give dq, dk and dv, and what dg is taken from, as in
-`fused_chunk.py`.
+The backward keeps those states. In summaries back in time q and do take the places of k and v, and the combine leaves
+the gradient of the state after each segment. Three sweeps over every segment then give dq, dk, dv, and what dg is taken
+from, as in `fused_chunk.py`.
 
-No segment's summary is needed at the end that nothing follows, and none reads chunks of which nothing is left where it ends, all
-decays up to there being zero in fp32: how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by
-themselves there is one segment, no summary, and nothing but the sweep. How long packed sequences are is not known on the host: they
-are cut as one sequence of all tokens would be, so that the longest is, unless they are so many that a state for each would be a burden.
+The last segment needs no summary. Chunks that have decayed to zero in fp32 by the end of their segment are not read, so
+how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by themselves there is one
+segment, no summary, and nothing but the sweep. The host does not know how long packed sequences are. They are cut as
+one sequence of all tokens would be, so that the longest one is cut, unless they are so many that a state for each would
+be a burden.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
-from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, number_of, sequence_bounds, state_slot
+from ._blocks import (
+    block_bounds,
+    count_blocks,
+    count_sequences,
+    first_block,
+    is_sequence,
+    number_of,
+    sequence_bounds,
+    state_slot,
+)
 from ._gates import UNDERFLOW
 from ._launch import launcher
-from ._layout import cdiv, exists, is_hopper, load_rows, multiprocessors, next_power_of_2, open_rows, strides, use_descriptors
+from ._layout import (
+    cdiv,
+    exists,
+    is_hopper,
+    load_rows,
+    multiprocessors,
+    next_power_of_2,
+    open_rows,
+    strides,
+    use_descriptors,
+)
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
@@ -38,7 +59,7 @@ from ._validation import Call
 from .fused_chunk import gradients, naive, outputs, sweep_config, sweep_gates
 from .hopper import Sweeps, as_taken, sweeps_for, sweeps_of
 
-SCAN = tl.constexpr(32)  # chunks whose gates a summary looks at together
+SCANNED_CHUNKS = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
 
 @jit(do_not_specialize=['N', 'T', 'segment', 'reverse', 'c_part', 'scale'], repr=kernel_name('summary'))
@@ -47,7 +68,7 @@ def summary_kernel(
     v,  # [B, T, H, V], likewise
     c,  # [1 or 2, chunks, H, BT]: running sums of the gates, or None
     states,  # [segments, H, K, V]
-    decays,  # [segments, H]: -1 where no state is left; or None, where there are neither gates nor packed sequences
+    decays,  # [segments, H]: -1 where no state is left; or None, if there are neither gates nor packed sequences
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -67,14 +88,14 @@ def summary_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """The state that one head of one segment leaves, having begun with none, in BV columns of V; and the decay over the segment."""
+):  # fmt: skip
+    """The state that one head of a segment ends with, having begun with none, in BV columns of V; and its decay."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_h = (tl.program_id(0) // NV % H).to(tl.int64)
     i_s = tl.program_id(0) // (NV * H)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, segment)
-    # nothing follows the last segment, nor tokens in no sequence
+    # neither the last segment nor tokens in no sequence are followed by any that reads a summary
     if (first >= end) | tl.where(reverse != 0, first == bos, end == eos) | ~is_sequence(i_n, N):
         if decays is not None:
             if i_v == 0:
@@ -93,11 +114,12 @@ def summary_kernel(
     r = tl.arange(0, BT)
     start = 0
     if c is not None:
-        # the first chunk, in the order of the loop below, with a token of which anything is left at its end: those before are not read
+        # The first chunk, in the order of the loop below, with a token of which anything is left when the loop ends.
+        # Those before it are not read. `later` is the sum of the gates of the chunks after those that are looked at.
         start = NT
-        behind = 0.0
-        for j in range(tl.cdiv(NT, SCAN) - 1, -1, -1):
-            n = j * SCAN + tl.arange(0, SCAN)
+        later = 0.0
+        for j in range(tl.cdiv(NT, SCANNED_CHUNKS) - 1, -1, -1):
+            n = j * SCANNED_CHUNKS + tl.arange(0, SCANNED_CHUNKS)
             p_c = c + tl.where(reverse != 0, NT - 1 - n, n).to(tl.int64) * (H * BT)
             b_c = tl.load(p_c[:, None] + r[None, :], mask=(n < NT)[:, None], other=0.0)
             c_end = tl.load(p_c + BT - 1, mask=n < NT, other=0.0)
@@ -105,12 +127,12 @@ def summary_kernel(
                 b_c += tl.load(p_c[:, None] + c_part + r[None, :], mask=(n < NT)[:, None], other=0.0)
                 c_end += tl.load(p_c + c_part + BT - 1, mask=n < NT, other=0.0)
             b_c = tl.where(reverse != 0, b_c, c_end[:, None] - b_c)
-            b_c += (behind + tl.cumsum(c_end, 0, reverse=True) - c_end)[:, None]
+            b_c += (later + tl.cumsum(c_end, 0, reverse=True) - c_end)[:, None]
             # not `>`: NaN is something
             nothing = tl.max(tl.where(b_c <= UNDERFLOW, 0, 1), 1) == 0
             start = tl.minimum(start, tl.min(tl.where(nothing | (n >= NT), NT, n), 0))
-            behind += tl.sum(c_end, 0)
-        start = tl.where(behind <= UNDERFLOW, start, 0)
+            later += tl.sum(c_end, 0)
+        start = tl.where(later <= UNDERFLOW, start, 0)
     decay = 1.0
     b_s = tl.zeros([BK, BV], tl.float32)
     for i in tl.range(start, NT, num_stages=STAGES):
@@ -138,10 +160,11 @@ def summary_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     i_s = i_s.to(tl.int64) * H + i_h
-    tl.store(states + i_s * (K * V) + o_k[:, None] * V + o_v[None, :], b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+    p_s = states + i_s * (K * V) + o_k[:, None] * V + o_v[None, :]
+    tl.store(p_s, b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
     if decays is not None:
         if c is not None:
-            decay = tl.where(behind <= UNDERFLOW, 0.0, decay)
+            decay = tl.where(later <= UNDERFLOW, 0.0, decay)
         if i_v == 0:
             tl.store(decays + i_s, decay)
 
@@ -149,9 +172,9 @@ def summary_kernel(
 @jit(do_not_specialize=['N', 'T', 'P', 'segment', 'reverse'], repr=kernel_name('combine'))
 def combine_kernel(
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
-    states,  # [segments, H, K, V]: what each segment leaves of itself; then the states that each begins with
-    decays,  # [segments, H]: -1 where a segment left nothing of itself; or None
-    state_out,  # [N, H, K, V], any strides: the last states, of those sequences of which no sweep leaves one; or None
+    states,  # [segments, H, K, V]: read, the S_local of each segment; left, the state that each begins with
+    decays,  # [segments, H]: -1 where a segment has no S_local; or None
+    state_out,  # [N, H, K, V], any strides: gets the last states of sequences of which no sweep leaves one; or None
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of state_in; or None
     N, T,
@@ -164,7 +187,7 @@ def combine_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BS: tl.constexpr,
-):
+):  # fmt: skip
     """BS numbers of the states of one head of one sequence, from segment to segment."""
     NS: tl.constexpr = (K * V + BS - 1) // BS
     o_s = tl.program_id(0) % NS * BS + tl.arange(0, BS)
@@ -191,11 +214,11 @@ def combine_kernel(
     else:
         b_s = tl.zeros([BS], tl.float32)
     if cu_seqlens is not None and state_out is not None:
-        # A sequence without tokens ends as it begins. So does, where bounds decrease, one whose last segment has another's slot.
+        # A sequence without tokens ends as it begins. So does, if bounds decrease, one whose last segment is another's.
         s_last = base + tl.where(reverse != 0, 0, segments - 1)
         if (L == 0) | (number_of(cu_seqlens, s_last, N, T, segment) != i_n):
             tl.store(state_out + i_n.to(tl.int64) * so_n + i_h * so_h + o_k * so_k + o_v * so_v, b_s, mask=m_s)
-    # stages: the loads do not wait for the sum
+    # stages: loads of later segments do not wait for the sum
     for i in tl.range(0, segments, num_stages=4):
         i_s = base + tl.where(reverse != 0, segments - 1 - i, i)
         i_s = i_s.to(tl.int64) * H + i_h
@@ -204,9 +227,9 @@ def combine_kernel(
         b_l = tl.load(p_s, mask=m_s, other=0.0)
         decay = 1.0 if decays is None else tl.load(decays + i_s)
         tl.store(p_s, b_s, mask=m_s)
-        # where there is nothing yet, a decay of inf (a large positive gate before the first token) changes nothing
+        # zero times a decay of inf, of a large positive gate before the first token, is zero here
         b_n = tl.where(b_s == 0.0, 0.0, b_s * decay) + b_l
-        # without a summary there lies anything
+        # without a summary b_l is whatever the memory held
         b_s = b_n if decays is None else tl.where(decay == -1.0, b_s, b_n)
 
 
@@ -221,11 +244,12 @@ def launch_summary(tensors, setting):
         *tensors,
         setting.scale, count_sequences(B, cu_seqlens), T, setting.segment, int(setting.reverse),
         *strides(k, 3), *strides(v, 3), 0 if c is None else c[0].numel(),
-    )
+    )  # fmt: skip
     constants = dict(
-        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, next_power_of_2(K)), BV=BV, TWO_PARTS=c is not None and c.shape[0] == 2,
-        TMA=use_descriptors(k, v), PRECISION=setting.precision, STAGES=stages, num_warps=warps,
-    )
+        H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, next_power_of_2(K)), BV=BV,
+        TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(k, v), PRECISION=setting.precision,
+        STAGES=stages, num_warps=warps,
+    )  # fmt: skip
     return summary_kernel, (states.shape[0] * H * cdiv(V, BV), 1, 1), args, constants
 
 
@@ -239,9 +263,10 @@ def launch_combine(tensors, N, T, segment, reverse):
 
 
 def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
-    """The state before each segment `[segments, H, K, V]`, from the one before each sequence; or, in reverse, with q and do
-    for k and v, the gradient of the state after each segment, from that after each sequence. state_out gets the last states of sequences
-    without tokens; those of others the sweeps leave.
+    """The state before each segment `[segments, H, K, V]`, from the one before each sequence. In reverse, with q and do
+    for k and v, the gradient of the state after each segment, from that after each sequence.
+
+    state_out gets the last states of sequences without tokens; the sweeps leave the others.
     """
     _, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
@@ -254,74 +279,102 @@ def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
     return states
 
 
-# Columns of V, warps and stages of a summary on Hopper, in 16 bits, by the dim that is to fit. Measured on one H200 (triton 3.6), ms of
-# summary and combine where every chunk is read, and the time of reading k and v once at the speed of a copy:
+class SummaryConfig(NamedTuple):
+    """How a summary is cut: BV columns of V and `warps` to a program, loads `stages` chunks ahead."""
+
+    BV: int
+    warps: int
+    stages: int
+
+
+# On Hopper, in 16 bits, by the dim that is to fit. Measured on one H200 (triton 3.6), ms of summary and combine where
+# every chunk is read; in brackets the time to read k and v once at the speed of a copy:
 #   D 128, B1 T131072 H8, 16 segments    64 columns, 4 warps, 3 stages    0.139 (0.118)      2 stages    0.189
 #                                        128 columns                      0.148
 #   D 64, B1 T131072 H16, 16 segments    64 columns, 4 warps, 3 stages    0.137 (0.118)      2 stages    0.179
 #   D 256, B1 T65536 H4, 16 segments     128 columns, 8 warps, 3 stages   0.105 (0.059)
 #                                        64 columns, 4 warps              0.143
 # The others are cut as the sweep is.
-HOPPER = {64: (64, 4, 3), 128: (64, 4, 3), 256: (128, 8, 3), 512: (64, 8, 2)}
+HOPPER = {
+    64: SummaryConfig(64, 4, 3),
+    128: SummaryConfig(64, 4, 3),
+    256: SummaryConfig(128, 8, 3),
+    512: SummaryConfig(64, 8, 2),
+}
 
 
-def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
-    """Columns of V, warps and stages of a summary."""
+def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> SummaryConfig:
     if is_hopper(device) and dtype.itemsize == 2:
         return HOPPER[max(64, next_power_of_2(max(K, V)))]
     config = sweep_config(K, V, dtype, device)
-    return config.BV, config.warps, config.stages
+    return SummaryConfig(config.BV, config.warps, config.stages)
 
 
-# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each adds to the time of a chunk. Of those
-# for Hopper one program has it for itself, and 128 columns of V.
-RESIDENT = 2
-SHARING = 0.3
-# Of a summary that reads every chunk beside a sweep over the same ones, in both directions together (what has decayed, and is left out,
-# the host does not know); of the launches for it, in chunks; of a segment in the combine, likewise. In a CUDA graph those launches took as
-# long as 6 to 13 chunks (one H200, shapes of 512 to 4096 tokens). But with 16 here chunk fell behind fused_chunk, which runs in one piece:
-# forward at B4 T4096 H16 D128 0.112 ms to 0.097, and at B2 T2048 H16, where the host is the bound, 0.107 to 0.050.
-SUMMARY = 0.25
-LAUNCHES = 24
-COMBINE = 0.1
-# Segments are multiples of so many tokens, that anchors may be as far apart (`_gates.py`).
-GRAIN = 256
+# The cost model of `segment_tokens`. Its unit is the time of a chunk in a sweep.
+#
+# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each of them adds to
+# the time of a chunk. A program for Hopper has the multiprocessor for itself, and 128 columns of V.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+SHARING_COST_IN_CHUNKS = 0.3
+# A chunk in a summary, in both directions together, if none has decayed: the host does not know which have.
+SUMMARY_COST_IN_CHUNKS = 0.25
+# The launches of a summary and its combine. In a CUDA graph they took as long as 6 to 13 chunks (one H200, shapes of
+# 512 to 4096 tokens). But with 16 here `chunk` was slower than `fused_chunk`, which runs in one piece: forward at B4
+# T4096 H16 D128 0.112 ms to 0.097, and at B2 T2048 H16, where the host is the bound, 0.107 to 0.050.
+LAUNCH_COST_IN_CHUNKS = 24
+# A segment in the combine.
+COMBINE_COST_IN_CHUNKS = 0.1
+# Segments are multiples of so many tokens, so that anchors may be as far apart (`_gates.py`).
+SEGMENT_MULTIPLE = 256
+# Columns of V of a program for Hopper.
+HOPPER_COLUMNS = 128
+# Packed sequences stay in one piece if the fp32 states before them took more than this part of the memory of k.
+STATES_TO_K = 1 / 4
 
 
 @functools.lru_cache(4096)
 def segment_tokens(
-    rows: int, T: int, H: int, V: int, config: SweepConfig, device: torch.device, specialized: bool, sequences: int | None = None,
+    rows: int,
+    T: int,
+    H: int,
+    V: int,
+    config: SweepConfig,
+    device: torch.device,
+    specialized: bool,
+    sequences: int | None = None,
 ) -> int | None:
-    """Tokens to a segment, a multiple of GRAIN, for `rows` of T tokens, of which one may hold `sequences` packed ones; None where
-    they stay in one piece. config is that of the plain sweeps; specialized is whether those for Hopper take their place.
+    """Tokens to a segment, a multiple of SEGMENT_MULTIPLE, for `rows` of T tokens, one of which may hold `sequences`
+    packed ones; None if they stay in one piece. config is that of the plain sweeps; specialized tells whether those for
+    Hopper take their place.
 
-    The number of segments with which the last program ends first, by what a chunk was seen to take on one H200 (2.4 microseconds at D
-    128, 1.4 at D 64), and 1.3 times that where two programs share a multiprocessor.
+    It is the number of segments with which the last program ends first by the cost model above. A chunk took 2.4
+    microseconds at D 128 and 1.4 at D 64 on one H200.
     """
     if not exists(device) or rows == 0:  # in the interpreter there is nothing to fill
         return None
-    # the fp32 states before packed sequences would take more than a quarter of the memory of k
-    if sequences is not None and sequences * V * 8 > T:
+    # (k has 2 bytes to a number, a state 4)
+    if sequences is not None and sequences * V * 2 > T * STATES_TO_K:
         return None
     BT = config.BT
-    programs = rows * H * cdiv(V, 128 if specialized else config.BV)
+    programs = rows * H * cdiv(V, HOPPER_COLUMNS if specialized else config.BV)
     processors = multiprocessors(device)
-    at_once = processors if specialized else processors * RESIDENT
+    at_once = processors if specialized else processors * PROGRAMS_PER_MULTIPROCESSOR
 
     def chunk_time(programs):
         if programs > at_once:
             # the last ones share multiprocessors, though others are free
-            return cdiv(programs, at_once) * (1 + SHARING * (at_once // processors - 1))
-        return 1 + SHARING * (cdiv(programs, processors) - 1)
+            return cdiv(programs, at_once) * (1 + SHARING_COST_IN_CHUNKS * (at_once // processors - 1))
+        return 1 + SHARING_COST_IN_CHUNKS * (cdiv(programs, processors) - 1)
 
     best, chosen = cdiv(T, BT) * chunk_time(programs), None
-    blocks = cdiv(T, GRAIN)
+    blocks = cdiv(T, SEGMENT_MULTIPLE)
     for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
-        segment = cdiv(blocks, segments) * GRAIN
+        segment = cdiv(blocks, segments) * SEGMENT_MULTIPLE
         segments = cdiv(T, segment)
         chunks = segment // BT
         sweep, summary = chunk_time(programs * segments), chunk_time(programs * (segments - 1))
-        cost = chunks * (sweep + SUMMARY * summary) + LAUNCHES + COMBINE * segments
+        cost = chunks * (sweep + SUMMARY_COST_IN_CHUNKS * summary) + LAUNCH_COST_IN_CHUNKS
+        cost += COMBINE_COST_IN_CHUNKS * segments
         if cost < best:
             best, chosen = cost, segment
     return chosen
@@ -329,7 +382,7 @@ def segment_tokens(
 
 @device_pass
 def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None, setting: Setting):
-    """o, the final state or None, the states before the segments, and the sums of the gates."""
+    """o, the final state or None, the states before the segments or the initial ones, the sums of the gates or None."""
     q, k, v, _, state, cu_seqlens, indices, _ = inputs
     c = None if setting.segment is None and hopper else sweep_gates(inputs)
     final_state = final_states(inputs, options)
@@ -343,7 +396,7 @@ def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None, settin
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradients:
-    """From the inputs, the states before the segments, the sums of the gates, and the gradients of o and of the final states."""
+    """From the inputs, the states before the segments, the sums of the gates, the gradients of o and final states."""
     inputs, (state, c, do, dstate) = Inputs(*tensors[:8]), tensors[8:]
     dh0 = empty(inputs.initial_state, *inputs.initial_state.shape) if needs.initial_state else None
     if setting.segment is not None:
@@ -355,19 +408,22 @@ def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradien
 
 
 def tokens_to_a_segment(inputs: Inputs) -> int | None:
-    """None where sequences stay in one piece. It follows from shapes alone, and not from layouts: the operator of the backward, which may
-    be given its tensors in others, has to find what that of the forward found.
+    """Tokens to a segment; None if sequences stay in one piece.
+
+    It follows from shapes alone. The operator of the backward may be given its tensors in other layouts than that of
+    the forward, and has to find the same.
     """
     q = inputs.q
     B, T, _, K = q.shape
     H, V = inputs.v.shape[2:]
     sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    config, specialized = sweep_config(K, V, q.dtype, q.device), sweeps_of(K, V, q.dtype, q.device) is not None
+    config = sweep_config(K, V, q.dtype, q.device)
+    specialized = sweeps_of(K, V, q.dtype, q.device) is not None
     return segment_tokens(B, T, H, V, config, q.device, specialized, sequences)
 
 
 def choices(inputs: Inputs, options: Options):
-    """The module of the sweeps for Hopper if they take these inputs, and how the sweeps go."""
+    """The sweeps for Hopper, if they take these inputs, and how sweeps go."""
     return sweeps_for(*inputs[:3]), Setting(options.scale, tokens_to_a_segment(inputs), precision=options.precision)
 
 
@@ -386,7 +442,7 @@ def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: 
 
 
 def count_states(inputs: Inputs) -> int | None:
-    """How many states the operator of the forward leaves."""
+    """How many states the operator of the forward leaves; None if a size is a symbol."""
     q, v, cu_seqlens = inputs.q, inputs.v, inputs.cu_seqlens
     sizes = *q.shape, *v.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
     if any(isinstance(size, torch.SymInt) for size in sizes):
@@ -414,49 +470,53 @@ def chunk_simple_gla(
     chunk_size: int | None = None,
     state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention, chunk by chunk, with long sequences cut into segments that run at once: for training, and for
-    reading prompts.
+    r"""Simple Gated Linear Attention, chunk by chunk, with long sequences cut into segments that run at once: for
+    training, and for reading prompts.
 
         S_t = exp(g_t) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
-    `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or a smaller v.
-    How many segments there are depends on the shapes and on the GPU, and the last digits on them: `fused_chunk_simple_gla` gives a
-    sequence the same bits whatever else is in the batch. Differentiable in q, k, v, g, g_gamma and initial_state, once. CPU tensors
-    are computed by `naive_chunk_simple_gla`.
+    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32
+    where `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or
+    a smaller v. How many segments there are depends on the shapes and on the GPU, and the last digits on them:
+    `fused_chunk_simple_gla` gives a sequence the same bits whatever else is in the batch. Differentiable in q, k, v, g,
+    g_gamma and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as all decays and the result are finite in fp32.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h //
+            (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
+            A positive gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
-        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
-            without `cu_seqlens`). Default: zeros.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
+            sequences (B without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the state after the last token.
         state_v_first: states are `[N, H, V, K]`.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
-            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
+            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
+            begins is empty.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
-        chunk_size: tokens to a chunk, a power of two. It changes no more than rounding, and is used on the CPU; the kernels have
-            chunks of their own, chosen for the GPU.
-        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
-            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
-            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero, and so does an index of P
-            and above, which is an error on the CPU. What two equal indices do is undefined. Nothing may need gradients.
+        chunk_size: tokens to a chunk, a power of two. It changes no more than rounding, and is used on the CPU; the
+            kernels have chunks of their own, chosen for the GPU.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
+            state_v_first) in fp32, bf16 or fp16, of which sequence n has the state in slot `state_indices[n]`. It is
+            read there and replaced by the final state, in place; no other slot is touched. -1 marks padding: a sequence
+            without a state, whose outputs are zero, and so does an index of P and above, which is an error on the CPU.
+            What two equal indices do is undefined. Nothing may need gradients.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
+        kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
-    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 
@@ -474,6 +534,6 @@ def chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, cu_seqlens_cpu, scale, output_final_state, state_v_first,
-        chunk_size=chunk_size,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, cu_seqlens_cpu, scale, output_final_state,
+        state_v_first, chunk_size=chunk_size,
     ))  # fmt: skip

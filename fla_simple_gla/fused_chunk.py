@@ -3,8 +3,9 @@
     S_t = exp(g_t) S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t
 
-A program owns one head of one sequence and a tile of V columns, and walks the chunks in order. With c the running sum of the gates
-in a chunk of C tokens and S the state before it:
+A sweep is what the field also calls a fused inter-chunk scan. A program owns one head of one sequence and a tile of V
+columns, and takes the chunks in order. With c the running sum of the gates in a chunk of C tokens, and S the state
+before it:
 
     o_i = scale * (sum_{j<=i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) S^T q_i)
     S'  = exp(c_C) S + sum_j exp(c_C - c_j) k_j v_j^T
@@ -17,13 +18,15 @@ The gradients are three more sweeps by the same kernel, with other tensors in th
     dk       v    do   q     dS^T [V, K], back    dk
     dv       k    q    do    dS   [K, V], back    dv
 
-A sweep back in time starts from the gradient of the final state and leaves that of the initial one. The state there is
+A sweep back in time starts from the gradient of the final state, and leaves that of the initial one. Its state is
 dS = sum scale * q do^T: the scale is part of it, while the forward state has none.
 
-For dg the sweeps for dq and dk also leave q . dq and k . dk, from the fp32 accumulators, the latter as two parts, of the pairs inside a
-chunk and of the carried state, and every few chunks the product of the S before a chunk with the dS behind it (`_gates.py` says
-why and how they add up). The products q_i . dq_i and k_j . dk_j share the terms of the pairs inside a chunk, and both sweeps round
-the same decayed do_i . v_j, so that these cancel to fp32 accuracy.
+For dg, the sweeps for dq and dk also leave rows of q . dq and k . dk, taken from the fp32 accumulators, and every few
+chunks the product of the S before a chunk with the dS after it; `_gates.py` says why, and how they add up. The rows of
+k . dk have two parts, of the pairs inside a chunk and of the carried state. The terms of the pairs are in q . dq and in
+k . dk. Both sweeps round the same decayed do_i . v_j, so these terms cancel to fp32 accuracy.
+
+On Hopper, 16-bit inputs with K and V up to 256 go to the kernels of `hopper/`.
 """
 
 import functools
@@ -33,7 +36,17 @@ import torch
 from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
 from ._launch import launcher
-from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, strides, transposed, use_descriptors
+from ._layout import (
+    cdiv,
+    is_hopper,
+    load_rows,
+    next_power_of_2,
+    open_rows,
+    store_rows,
+    strides,
+    transposed,
+    use_descriptors,
+)
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
@@ -49,14 +62,14 @@ def sweep_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     c,  # [1 or 2, chunks, H, BT]: running sums of the gates, or None
-    state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
+    state_in,  # [N, H, K, V]; with indices [slots, H, K, V]; of segments [segments, H, K, V]; any strides; or None
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     x,  # [B, T, H // GV, V], or None
-    x_o,  # [NV, B, H, T]: rows x . o, over the V tile; back in time with what of o comes from pairs inside a chunk
-    x_inter,  # [NV, B, H, T]: the same with what comes from the carried state, back in time only
-    anchors,  # [blocks + N, H, K, V]: states before some chunks (`_gates.py`), left forward in time and read back in time
-    s_ds,  # [NV, blocks + N, H]: <anchor, state behind the chunk>, over the V tile, back in time only
+    x_o,  # [NV, B, H, T]: rows x . o, over the V tile; back in time of the part of o from pairs inside a chunk
+    x_inter,  # [NV, B, H, T]: back in time only, the same of the part from the carried state
+    anchors,  # [blocks + N, H, K, V]: states before some chunks (`_gates.py`), left forward and read back in time
+    s_ds,  # [NV, blocks + N, H]: <anchor, state after the chunk>, over the V tile, back in time only
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the sequences' states; or None
     scale,
@@ -88,10 +101,10 @@ def sweep_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """o and the last state of one head of one sequence, or of one segment of it, in BV columns of V.
 
-    The state is a tuple of NK pieces, of BK rows each: the products with q and k are made of one piece after the other, so that the
+    The state is a tuple of NK pieces of BK rows. The products with q and k take one piece after the other, so that the
     registers hold BK columns of q and k at a time.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -246,7 +259,7 @@ def sweep_kernel(
 
     if state_out is not None:
         # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
-        if (first == bos if REVERSE else end == eos):
+        if first == bos if REVERSE else end == eos:
             state_out += i_p * so_n + i_h * so_h
             for j in tl.static_range(NK):
                 p_out = state_out + (j * BK + o_k).to(tl.int64)[:, None] * so_k + o_v.to(tl.int64)[None, :] * so_v
@@ -272,17 +285,18 @@ def sweep_kernel(
 #   fp32, D 128, B2 T2048 H16   BV 32, 4 warps, 1 stage                                      0.59 0.49 0.57 0.55
 #                               BT 32, 2 stages: too few rows for wgmma                      1.26 0.98 1.17 1.20
 #                               8 warps                                                      0.86 0.83 1.03 0.89
-# A V tile has rows of 128 bytes there: with shorter ones the wgmma operands of triton 3.6 can be read past the end of the shared
-# memory, and some kernels failed (https://github.com/triton-lang/triton/issues/11366, seen up to triton 3.7.1).
+# A V tile has rows of 128 bytes there. With shorter ones the wgmma operands of triton 3.6 can be read past the end of
+# the shared memory, and some kernels failed (https://github.com/triton-lang/triton/issues/11366, seen up to triton
+# 3.7.1).
 #
-# In pieces of the state a kernel needs less of the stack, of which the driver reserves as much as all threads that the GPU can hold would
-# take: at most 1 KB to a thread, where one piece took, for the worst of o, dq and dk (triton 3.6):
+# Pieces of the state bound the stack. The driver reserves it for all threads that the GPU can hold, so a thread gets at
+# most 1 KB. With the state in one piece, the worst of o, dq and dk took (triton 3.6):
 #   Hopper, bf16 and fp16   D 256   1864 (by pointers)   D 512    3360
 #   Hopper, fp32            D 128   1888                 D 256    2632      D 512    5592
 #   sm_80, bf16 and fp16                                 D 512    4112
 #   sm_80, fp32             D 256   6704                 D 512   11328
-# The times above of bf16, D 512, and of fp32, D 128, are those of one piece. Each piece is a copy of its own to wait for, but spills are
-# slow: fp32 gets quicker by pieces, 16 bits do not. ms of a whole call of `fused_chunk`:
+# The times above of bf16, D 512, and of fp32, D 128, are those of one piece. A piece takes a copy to wait for, and
+# saves spills: fp32 gets quicker by pieces, 16 bits do not. ms of a whole call of `fused_chunk`:
 #   fp32, D 128, B2 T2048 H16   one piece  0.62, with the backward 2.21; 64 rows 0.42, 1.79
 #   fp32, B2 T1024 H8           one piece  D 256   0.87, with the backward  3.98    D 512   10.2, 46.0
 #                               64 rows            0.75                     3.23            3.3, 14.1
@@ -290,34 +304,50 @@ def sweep_kernel(
 #                               128 rows           0.14                     0.63            0.29, 1.32
 #                               64 rows, by pointers                                        0.24, 1.07
 #
-# The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of shared memory.
+# The others were only compiled, for sm_80: in 16 bits nothing spills up to D 128, and no kernel needs over 64 KiB of
+# shared memory.
+# fmt: off
 HOPPER = {
-    2: {64: SweepConfig(64, 64, 4, 3), 128: SweepConfig(64, 64, 4, 2), 256: SweepConfig(64, 64, 4, 1), 512: SweepConfig(64, 64, 8, 1, 64, TMA=False)},
-    4: {64: SweepConfig(64, 32, 4, 2), 128: SweepConfig(64, 32, 4, 1, 64), 256: SweepConfig(16, 32, 4, 1, 64), 512: SweepConfig(16, 32, 8, 1, 64)},
+    2: {
+        64: SweepConfig(64, 64, 4, 3), 128: SweepConfig(64, 64, 4, 2),
+        256: SweepConfig(64, 64, 4, 1), 512: SweepConfig(64, 64, 8, 1, 64, TMA=False),
+    },
+    4: {
+        64: SweepConfig(64, 32, 4, 2), 128: SweepConfig(64, 32, 4, 1, 64),
+        256: SweepConfig(16, 32, 4, 1, 64), 512: SweepConfig(16, 32, 8, 1, 64),
+    },
 }
-# Instead, for rows that TMA cannot read, which pass through registers. In bf16 at D 256 that is slow where the GPU is full: 0.48 ms, with
-# the backward 2.27, at B4 T2048 H16. One piece with 4 warps takes 0.28 and 1.23, but 2,048 bytes of stack, and 64 rows with 4 warps 0.32
-# and 1.55, but 1,160.
+# In place of these, for rows that TMA cannot read: they pass through registers. In bf16 at D 256 that is slow where the
+# GPU is full: 0.48 ms, with the backward 2.27, at B4 T2048 H16. One piece with 4 warps takes 0.28 and 1.23, but 2,048
+# bytes of stack; 64 rows with 4 warps take 0.32 and 1.55, but 1,160 bytes.
 POINTERS = {2: {256: SweepConfig(64, 64, 8, 1, 64)}, 4: {128: SweepConfig(64, 32, 4, 1, 32)}}
 OTHERS = {
-    2: {64: SweepConfig(32, 64, 4, 2), 128: SweepConfig(32, 32, 4, 2), 256: SweepConfig(32, 32, 8, 1), 512: SweepConfig(16, 16, 8, 1, 128)},
-    4: {64: SweepConfig(32, 32, 4, 2), 128: SweepConfig(16, 16, 4, 1), 256: SweepConfig(16, 16, 8, 1, 64), 512: SweepConfig(16, 16, 8, 1, 64)},
+    2: {
+        64: SweepConfig(32, 64, 4, 2), 128: SweepConfig(32, 32, 4, 2),
+        256: SweepConfig(32, 32, 8, 1), 512: SweepConfig(16, 16, 8, 1, 128),
+    },
+    4: {
+        64: SweepConfig(32, 32, 4, 2), 128: SweepConfig(16, 16, 4, 1),
+        256: SweepConfig(16, 16, 8, 1, 64), 512: SweepConfig(16, 16, 8, 1, 64),
+    },
 }
+# fmt: on
 
 
 @functools.cache
 def sweep_config(K: int, V: int, dtype: torch.dtype, device: torch.device, tma: bool = True) -> SweepConfig:
-    """Configuration of a sweep with a state `[K, V]`, whose rows TMA can read or not.
+    """The configuration of a sweep with a state `[K, V]`, whose rows TMA can read or not.
 
-    The chunks are the same for `[V, K]`: all four sweeps of a call use the same sums of gates. Chunks and BV are the same by TMA and by
-    pointers.
+    Chunks are the same for `[V, K]`: all four sweeps of a call read the same sums of gates. Chunks and BV are the same
+    by TMA and by pointers.
     """
     size, row = dtype.itemsize, max(64, next_power_of_2(K))
     table = (HOPPER if is_hopper(device) else OTHERS)[size]
     config = table[row]
     if is_hopper(device) and not tma:
         config = POINTERS[size].get(row, config)
-    return config._replace(BT=table[max(64, next_power_of_2(max(K, V)))].BT, BK=min(config.BK, max(16, next_power_of_2(K))))
+    BT = table[max(64, next_power_of_2(max(K, V)))].BT
+    return config._replace(BT=BT, BK=min(config.BK, max(16, next_power_of_2(K))))
 
 
 def sweep_gates(inputs: Inputs) -> torch.Tensor | None:
@@ -341,20 +371,21 @@ def launch_sweep(tensors, setting):
         scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_out.shape[0], segment or 0,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3), *strides(state_in, 4), *strides(state_out, 4),
         B * H * T, 0 if c is None else c[0].numel(), count_blocks(B, T, BA, cu_seqlens),
-    )
+    )  # fmt: skip
     constants = dict(
         ROLE=role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
         BT=config.BT, BK=config.BK, BV=config.BV, BA=BA,
         REVERSE=reverse, SEGMENTS=segment is not None, TWO_PARTS=c is not None and c.shape[0] == 2,
         TMA=tma and config.TMA, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
-    )
+    )  # fmt: skip
     return sweep_kernel, (count_swept(B, T, segment, cu_seqlens) * H * cdiv(V, config.BV), 1, 1), args, constants
 
 
 def sweep(operands: Operands, setting: Setting):
-    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x
-    also the rows `x . o [NV, B, H, T]`; or, back in time, these in two parts, of the carried state and of pairs inside a chunk, and
-    `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
+    three that are None without x. Forward in time, with x, the first is the rows `x . o [NV, B, H, T]`. Back in time
+    these have two parts, of the carried state and of pairs inside a chunk, and the third is `<anchor, state> [NV,
+    blocks + N, H]`, for anchor blocks of BA tokens.
     """
     q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
@@ -371,10 +402,13 @@ def sweep(operands: Operands, setting: Setting):
     return (o, x_inter, x_o, s_ds) if setting.reverse else (o, x_o, None, None)
 
 
-def outputs(inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper: Sweeps | None, setting: Setting) -> torch.Tensor:
-    """o. The states are those that the sequences or their segments start with, or None, and where the final ones go, or None.
+def outputs(
+    inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper: Sweeps | None, setting: Setting
+) -> torch.Tensor:
+    """o. `states` are those that the sequences or their segments start with, or None, and where the final ones go, or
+    None.
 
-    c are the sums of the gates; the sweeps for Hopper do without. hopper is `sweeps_for(q, k, v)`.
+    c are the sums of the gates, which the sweeps for Hopper do not need. hopper is `sweeps_for(q, k, v)`.
     """
     q, k, v, g, _, cu_seqlens, indices, _ = inputs
     operands = Operands(q, k, v, g if hopper else c, *states, cu_seqlens=cu_seqlens, indices=indices)
@@ -382,17 +416,21 @@ def outputs(inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper: Sweep
     return o
 
 
-def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting) -> Gradients:
-    """The gradients that are needed, those of q and k for each head of v. The states are those that the sequences or their segments start
-    with, the gradients of those that they end with, and where those of the initial states go; each may be None.
+def gradients(
+    inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting
+) -> Gradients:
+    """The gradients that are needed; q and k get one for each head of v.
+
+    `states` are those that the sequences or their segments start with, the gradients of those that they end with, and
+    where the gradients of the initial states go. Each may be None.
     """
     q, k, v, g, _, cu_seqlens, *_ = inputs
     state, dstate, dh0 = states
     B, T, H, V = v.shape
     K = q.shape[-1]
     hopper = sweeps_for(q, k, v, do)
-    # Where dk and dv are made one after the other they have the memory of dv for more anchors. Wide states need them: with 384 tokens the
-    # error of dg was 7.6e-3 at K 256, V 160.
+    # Where dk and dv are two sweeps, dv is allocated after the anchors are freed, so more anchors take no more memory.
+    # Wide states need them: with 384 tokens to a block the error of dg was 7.6e-3 at K 256, V 160.
     one_reverse_sweep = hopper is not None and hopper.reverse_sweep is not None
     setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if one_reverse_sweep else 256))
     anchors = None
@@ -408,7 +446,9 @@ def gradients(inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.T
         BT = 0 if gates is None else gates.shape[-1]
     common = dict(cu_seqlens=cu_seqlens, anchors=anchors)
     if needs.q or needs.g:
-        dq, w, y, *_ = run(Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common), setting._replace(role='dq'))
+        operands = Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common)
+        dq, w, y, *_ = run(operands, setting._replace(role='dq'))
+        del operands
     setting = setting._replace(reverse=True)
     if one_reverse_sweep:
         if needs.k or needs.v or needs.g or needs.initial_state:
@@ -432,7 +472,8 @@ def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None):
     """o, the final state or None, and the sums of the gates or None."""
     c = None if hopper else sweep_gates(inputs)
     final_state = final_states(inputs, options)
-    o = outputs(inputs, (inputs.initial_state, final_state), c, hopper, Setting(options.scale, precision=options.precision))
+    setting = Setting(options.scale, precision=options.precision)
+    o = outputs(inputs, (inputs.initial_state, final_state), c, hopper, setting)
     return o, final_state, c
 
 
@@ -478,44 +519,49 @@ def fused_chunk_simple_gla(
     *,
     state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention in one sweep over each sequence, chunk by chunk: for training, and for reading prompts.
+    r"""Simple Gated Linear Attention in one sweep over each sequence, chunk by chunk: for training, and for reading
+    prompts.
 
         S_t = exp(g_t) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
-    `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or a smaller v.
-    A sequence's results do not depend on what else is in the batch. Differentiable in q, k, v, g, g_gamma and initial_state,
-    once. CPU tensors are computed by `naive_chunk_simple_gla`.
+    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32
+    where `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or
+    a smaller v. A sequence's results do not depend on what else is in the batch. Differentiable in q, k, v, g, g_gamma
+    and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as all decays and the result are finite in fp32.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h //
+            (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
+            A positive gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
-        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
-            without `cu_seqlens`). Default: zeros.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
+            sequences (B without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
-            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
+            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
+            begins is empty.
         state_v_first: states are `[N, H, V, K]`.
-        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
-            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
-            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero, and so does an index of P
-            and above, which is an error on the CPU. What two equal indices do is undefined. Nothing may need gradients.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
+            state_v_first) in fp32, bf16 or fp16, of which sequence n has the state in slot `state_indices[n]`. It is
+            read there and replaced by the final state, in place; no other slot is touched. -1 marks padding: a sequence
+            without a state, whose outputs are zero, and so does an index of P and above, which is an error on the CPU.
+            What two equal indices do is undefined. Nothing may need gradients.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
+        kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
-    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 
@@ -533,5 +579,6 @@ def fused_chunk_simple_gla(
         torch.Size([2, 4, 64, 64])
     """
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, None, scale, output_final_state, state_v_first,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, None, None, scale, output_final_state,
+        state_v_first,
     ))  # fmt: skip

@@ -1,13 +1,14 @@
-"""Simple GLA token by token, as a chat runs: a constant amount of work and memory for each token, however many came before.
+"""Simple GLA token by token, for decoding: each token costs the same work and memory, however many came before.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t
 
-A program owns one head of one sequence and a tile of V columns, with the whole of K: the state [K, BV] stays in fp32 registers,
-all arithmetic is in fp32, and o needs no sum over programs. The state is nearly all that a decode step moves: it is read from where
-`state_indices` says that it lies in a pool, and written back there.
+A program owns one head of one sequence and a tile of V columns, with the whole of K. The state [K, BV] stays in fp32
+registers, all arithmetic is in fp32, and o needs no sum over programs. The state is nearly all that a decode step
+moves. The state of a pool is read from the slot that `state_indices` names, and written back there.
 
-The gradients are three more runs of the same kernel, with other tensors in the roles of q, k and v, as in `fused_chunk.py`:
+The gradients are three more runs of the same kernel, with other tensors in the roles of q, k and v, as in
+`fused_chunk.py`:
 
     role     q    k    v     state                out
     forward  q    k    v     S    [K, V]          o
@@ -15,12 +16,16 @@ The gradients are three more runs of the same kernel, with other tensors in the 
     dk       v    do   q     dS^T [V, K], back    dk
     dv       k    q    do    dS   [K, V], back    dv
 
-A run back through the tokens ("adjoint") is the same but for two things: the state takes part of token t before it decays by g_t,
-and the scale is in the state.
+An adjoint run goes back through the tokens. It differs from a forward run in two ways: token t is added to the state
+before the state decays by g_t, and the scale is part of the state.
 
-dg_t = <S_t, dS_t> + (the sum of q_s . dq_s - k_s . dk_s over the tokens from t to any token e, at which <S_e, dS_e> is taken). The
-run for dk keeps this sum; the terms (q_t . k_t)(do_t . v_t), which are in both products, are left out of both. The run for dq
-leaves S at every `ANCHOR` tokens and at the end, so that no sum runs further.
+With S_e the state after any token e from t on, and dS_e the gradient that later tokens give it,
+
+    dg_t = <S_e, dS_e> + sum_{t<=s<=e} (q_s . dq_s - k_s . dk_s)
+
+The run for dq leaves an anchor, S_e, every `ANCHOR_TOKENS` tokens and at the end, so that no sum is longer. The run for
+dk multiplies each anchor by the dS_e that it holds there, and adds up the terms on its way back. Both terms of a token
+contain scale (q_s . k_s)(do_s . v_s), and both runs leave that out.
 """
 
 import warnings
@@ -28,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._blocks import count_numbers, count_sequences, count_blocks, first_block, is_sequence, sequence_bounds, state_slot
+from ._blocks import count_blocks, count_numbers, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
 from ._layout import cdiv, next_power_of_2, transposed
@@ -40,18 +45,26 @@ from ._validation import Call
 from .naive import naive_recurrent_simple_gla
 
 # Tokens between two anchors of the gate gradient: an fp32 sum of so many terms is good to about 2e-6.
-ANCHOR = 1024
+ANCHOR_TOKENS = 1024
+
+WARP_THREADS = 32
+
+# Of a pool, a program takes so much of a state; `recurrence_config` says why.
+COLUMNS_BYTES = 4096  # where K is contiguous: of whole columns
+ROW_BYTES = 256  # where V is contiguous: of every row, with at most `POOL_WARPS` warps
+POOL_WARPS = 4
 
 
 @jit
 def state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, s_k: tl.constexpr, s_v: tl.constexpr):
+    """Offsets of the elements of a state [K, V], in 64 bits where 32 are too few."""
     if K * s_k + V * s_v >= 2**31:
         o_k = o_k.to(tl.int64)
         o_v = o_v.to(tl.int64)
     return o_k[:, None] * s_k + o_v[None, :] * s_v
 
 
-# T = 1 is specialised on: a decode step has no loop then, and takes fewer registers
+# T is specialised on 1: a decode step then has no loop, and takes fewer registers.
 @jit(
     do_not_specialize=['N', 'P', 'part', 'scale'],
     do_not_specialize_on_alignment=['T'],
@@ -61,14 +74,14 @@ def recurrent_kernel(
     q, k,  # [B, T, H // GQ, K], any strides with contiguous rows
     v,  # [B, T, H // GV, V], likewise
     g,  # [B, T, H], any strides, or None
-    state_in,  # [N, H, K, V], any strides; or with indices a pool [slots, H, K, V], which gets the last states too; or None
+    state_in,  # [N, H, K, V]; with indices a pool [P, H, K, V], which gets the last states too; any strides; or None
     o,  # [B, T, H, V]
     state_out,  # [N, H, K, V], any strides, or None
-    states,  # [B, T, H, K, V], any strides: the state behind every token; or None
+    states,  # [B, T, H, K, V], any strides: the state after every token; or None
     x,  # [B, T, H // GV, V], or None
-    w,  # [NV, B, H, T]: x . o from the state before the token, over the V tile; left forward, read by the adjoint
-    anchors,  # [anchor blocks, H, K, V]: states after the last tokens of anchor blocks, likewise
-    dg,  # [NV, B, T, H], the V tile's part, left by the adjoint
+    w,  # [NV, B, H, T]: x . o, over the V tile, less what the token adds to its own o; written forward, read as adjoint
+    anchors,  # [anchor blocks, H, K, V]: states after the last tokens of anchor blocks; likewise
+    dg,  # [NV, B, T, H]: the V tile's part, written as adjoint
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the pool; or None
     scale,
@@ -94,9 +107,9 @@ def recurrent_kernel(
     si_k: tl.constexpr, si_v: tl.constexpr,
     so_k: tl.constexpr, so_v: tl.constexpr,
     s_k: tl.constexpr, s_v: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr,  # a forward run goes from the last token of a sequence to the first
     ADJOINT: tl.constexpr,
-):
+):  # fmt: skip
     """o and the last state of one head of one sequence, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -128,7 +141,7 @@ def recurrent_kernel(
             dg += i_v.to(tl.int64) * part + (i_b * T + bos) * H + i_h
     i_p = state_slot(indices, i_n, N, P)
     if cu_seqlens is not None or indices is not None:
-        # the tokens in no sequence, and padding
+        # tokens in no sequence, and padding, get zeros
         if ~is_sequence(i_n, N) | (i_p < 0):
             for _ in range(L):
                 tl.store(o, tl.zeros([BV], tl.float32), mask=m_v)
@@ -145,9 +158,11 @@ def recurrent_kernel(
         states += i_b * s_b + bos * s_t + i_h * s_h + state_offsets(o_k, o_v, K, V, s_k, s_v)
     if state_in is not None:
         state_in += i_p * si_n + i_h * si_h + state_offsets(o_k, o_v, K, V, si_k, si_v)
-        # One from a pool is to stay in the L2 cache until it is written back. On an H200 that takes 2 to 3% off batch 64 and 256, with
-        # other pools in between too, and adds nothing to kernels behind it.
-        b_s = tl.load(state_in, mask=m_s, other=0.0, eviction_policy='' if indices is None else 'evict_last').to(tl.float32)
+        # The state of a pool should stay in the L2 cache until it is written back. On an H200 this makes steps at batch
+        # 64 and 256 faster by 2 to 3%, even with other pools used in between, and kernels after them no slower.
+        b_s = tl.load(
+            state_in, mask=m_s, other=0.0, eviction_policy='' if indices is None else 'evict_last'
+        ).to(tl.float32)  # fmt: skip
     else:
         b_s = tl.zeros([BK, BV], tl.float32)
     if indices is not None:
@@ -162,12 +177,12 @@ def recurrent_kernel(
         g += i_b * g_b + bos * g_t + i_h * g_h
 
     running = 0.0
-    # the token's number in the forward run, in which the adjoint goes back
+    # the number of the token in the order of a forward run: the adjoint counts it down
     i = tl.zeros([], tl.int64) + L - 1 if ADJOINT else tl.zeros([], tl.int64)
     for _ in range(L):
         i_t = L - 1 - i if REVERSE else i
-        # All loads are issued before any is used: to use q and k, warps exchange them and wait for each other, and no load is moved across
-        # a wait.
+        # All loads are issued before any is used. To use q and k, warps exchange them and wait for each other, and the
+        # compiler moves no load across such a wait.
         b_q = tl.load(q + i_t * q_t, mask=m_k, other=0.0)
         b_k = tl.load(k + i_t * k_t, mask=m_k, other=0.0)
         b_v = tl.load(v + i_t * v_t, mask=m_v, other=0.0)
@@ -194,37 +209,38 @@ def recurrent_kernel(
             b_x = tl.load(x + i_t * x_t, mask=m_v, other=0.0).to(tl.float32)
             x_o = tl.sum(b_x * tl.sum(b_s * b_q[:, None], 0))
             if ADJOINT:
-                # nothing crosses a reset: what is left of the sum there is its rounding
+                # nothing crosses a reset: the sum there is nothing but rounding
                 running = tl.where(gate < UNDERFLOW, 0.0, running + tl.load(w + o_w + i_t) - x_o)
                 tl.store(dg + i_t * H, running)
             else:
                 tl.store(w + o_w + i_t, x_o)
 
-        # explicitly, so that with and without x it is the same product that is rounded
+        # An explicit fma rounds the same one of the two products with x and without.
         b_s = tl.fma(b_k[:, None], b_v[None, :], b_s)
-        behind = b_s * decay if ADJOINT else b_s
-        # the states before the sum over K, for which warps wait for each other
+        after = b_s * decay if ADJOINT else b_s
+        # States are stored before the sum over K, for which warps wait for each other.
         if states is not None:
-            tl.store(states + i_t * s_t, behind, mask=m_s)
+            tl.store(states + i_t * s_t, after, mask=m_s)
         if state_out is not None:
             if i == (0 if ADJOINT else L - 1):
-                tl.store(state_out, behind, mask=m_s)
+                tl.store(state_out, after, mask=m_s)
         if x is not None and not ADJOINT:
             if i == L - 1 or (i + 1) % BA == 0:
                 tl.store(anchors + i // BA * (H * K * V), b_s, mask=m_s)
         tl.store(o + i_t * (H * V), tl.sum(b_s * b_q[:, None], 0), mask=m_v)
-        b_s = behind
+        b_s = after
         i += -1 if ADJOINT else 1
 
-    # of an empty sequence, whose state is in place in a pool
+    # An empty sequence ends with the state that it starts with. In a pool that is in place already.
     if state_out is not None and indices is None:
         if L == 0:
             tl.store(state_out, b_s, mask=m_s)
 
 
 class Operands(NamedTuple):
-    """What a run reads, q, k, v and x in their roles, and where it leaves states. With indices state_in is a pool, and gets the last
-    states too.
+    """What a run reads, q, k, v and x in their roles, and where it leaves states.
+
+    With indices, state_in is a pool, which gets the last states too.
     """
 
     q: torch.Tensor
@@ -234,27 +250,27 @@ class Operands(NamedTuple):
     state_in: torch.Tensor | None = None
     state_out: torch.Tensor | None = None
     states: torch.Tensor | None = None
-    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
-    w: torch.Tensor | None = None  # these products, from the forward run for dq
+    x: torch.Tensor | None = None  # dg needs its products with the rows of the output
+    w: torch.Tensor | None = None  # these products, which the run for dq leaves for that for dk
     anchors: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     indices: torch.Tensor | None = None
 
     def sizes(self) -> tuple[int, ...]:
-        """B, T, H, K, V; H is that of the states, of which each of q and k, and of v and x, have it or a divisor of it."""
+        """B, T, H, K, V. The states have H heads; q and k, and v and x, have H or a divisor of it."""
         B, T, HQ, K = self.q.shape
         HV, V = self.v.shape[2:]
         return B, T, max(HQ, HV), K, V
 
 
 def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: bool = False):
-    """One run: `o`; with x, forward also `w [NV, B, H, T]` and as adjoint `dg [NV, B, T, H]`."""
+    """One run: `o`; and with x, for dg, `w [NV, B, H, T]` or, as adjoint, `dg [NV, B, T, H]`; else None."""
     q, k, v, g, state_in, state_out, states, x, w, anchors, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
     o = empty(q, B, T, H, V)
     left = dg = None
     if x is not None:
-        NV = cdiv(V, recurrence_config(K, V, None)[0])
+        NV = cdiv(V, recurrence_config(K, V, None).BV)
         if adjoint:
             left = dg = empty(q, NV, B, T, H, dtype=torch.float32)
         else:
@@ -265,28 +281,43 @@ def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: boo
     return o, left
 
 
-def recurrence_config(K: int, V: int, pool: torch.Tensor | None, states: torch.Tensor | None = None) -> tuple[int, int]:
-    """Columns of V of a program, and its warps. The batch makes no difference, so that a sequence gets the same bits in any.
+class RecurrenceConfig(NamedTuple):
+    """How a run is cut: BV columns of V and `warps` to a program."""
 
-    A pool, measured on one H200 with triton 3.6, H32 and K = V = 128: a program reads all of its tile before it writes any. Where K is
-    contiguous, a tile is whole columns, of which 4 KiB are enough at batch 64 and good at batch 1. Where V is, it is a piece of every row,
-    and the memory wants 256 bytes of each: with half of that, batch 256 takes 278 microseconds in fp32, not 262, and 145 in bf16, not 136.
-    (In bf16 that is bought at batch 1, where it takes 3.2 and half the width would take 2.5, and with 4 tokens at batch 64: 95 and 72.)
-    With K over 128 the registers leave less: at most 128 numbers of the state to a thread. It is half of that where they would be
-    spilled: states to be stored in another dtype, and rows too odd for loads of 16 bytes.
+    BV: int
+    warps: int
+
+
+def recurrence_config(
+    K: int, V: int, pool: torch.Tensor | None, states: torch.Tensor | None = None
+) -> RecurrenceConfig:
+    """Configuration of a run with states `[K, V]`, in a pool or not, that stores `states` after every token or not.
+
+    It does not depend on the batch: a sequence gets the same bits in any.
     """
     BK, BV = next_power_of_2(K), next_power_of_2(V)
     if pool is None:
         # at most 64 numbers of the state to a thread
         BV = min(BV, 16 if BK <= 256 else 8)
-        return BV, max(1, BK * BV // 2048)
+        return RecurrenceConfig(BV, max(1, BK * BV // (64 * WARP_THREADS)))
+
+    # A program reads all of its tile before it writes any. Times are of one H200 (triton 3.6), H32, K = V = 128.
     size = pool.itemsize
     if pool.stride(-2) == 1:
-        BV = min(BV, 4096 // (BK * size))
-        return BV, max(1, BK * BV // 1024)
+        # A tile is whole columns. 4 KiB of them are enough at batch 64, and good at batch 1.
+        BV = min(BV, COLUMNS_BYTES // (BK * size))
+        return RecurrenceConfig(BV, max(1, BK * BV // (32 * WARP_THREADS)))
+
+    # A tile is a piece of every row, of which the memory wants 256 bytes. With 128, batch 256 takes 278 microseconds
+    # instead of 262 in fp32, and 145 instead of 136 in bf16. (In bf16, 128 would be better at batch 1, where a step
+    # would take 2.5 instead of 3.2, and with 4 tokens at batch 64: 72 instead of 95.)
+    #
+    # With K over 128 the registers allow less: at most 128 numbers of the state to a thread. It is half of that where
+    # they would be spilled: where states are stored in another dtype, and where rows are too odd for loads of 16 bytes.
     tight = states is not None and states.dtype != pool.dtype or pool.stride(-2) * size % 16 != 0
-    BV = min(BV, 256 // size, (8192 if tight else 16384) // BK)
-    return BV, min(4, max(1, BK * BV // (2048 if tight else 8192 // size)))
+    BV = min(BV, ROW_BYTES // size, (64 if tight else 128) * POOL_WARPS * WARP_THREADS // BK)
+    warps = BK * BV // ((64 if tight else 256 // size) * WARP_THREADS)
+    return RecurrenceConfig(BV, min(POOL_WARPS, max(1, warps)))
 
 
 @launcher
@@ -300,8 +331,10 @@ def launch_recurrence(tensors, scale, reverse, adjoint):
         *strides(q, 0, 3), *strides(k, 0, 3), *strides(v, 0, 3), *strides(g, 0, 3), *strides(x, 0, 3),
         *strides(state_in, 0, 2), *strides(state_out, 0, 2), *strides(states, 0, 3),
         B * H * T,
-    )
-    constants = dict(H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=next_power_of_2(K), BV=BV, BA=ANCHOR)
+    )  # fmt: skip
+    constants = dict(
+        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=next_power_of_2(K), BV=BV, BA=ANCHOR_TOKENS
+    )  # fmt: skip
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
     constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
@@ -309,16 +342,18 @@ def launch_recurrence(tensors, scale, reverse, adjoint):
 
 
 def strides(x: torch.Tensor | None, first: int, end: int) -> tuple[int, ...]:
+    """The strides of x from `first` to before `end`, or zeros where there is none."""
     return (0,) * (end - first) if x is None else x.stride()[first:end]
 
 
 @device_pass
 def forward_pass(inputs: Inputs, options: Options):
-    """`o`, and the final state or None. With indices the initial state is a pool, and gets the final states."""
+    """`o`, and the final state or None. With indices the initial state is a pool, which gets the final states."""
     q, k, v, g, initial_state, cu_seqlens, indices, states = inputs
     final_state = None
     if options.output and indices is None:
-        final_state = empty(q, count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        N, H, K, V = count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3]
+        final_state = empty(q, N, H, K, V, dtype=torch.float32)
     operands = Operands(q, k, v, g, initial_state, final_state, states, cu_seqlens=cu_seqlens, indices=indices)
     o, _ = run_recurrence(operands, options.scale, options.reverse)
     return o, final_state
@@ -326,14 +361,14 @@ def forward_pass(inputs: Inputs, options: Options):
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
-    """The gradients that are needed, those of q and k for each head of v, and dg `[NV, B, T, H]`, to be added up."""
+    """The gradients that are needed. Those of q and k are for each head of v; dg is `[NV, B, T, H]`, to be added up."""
     q, k, v, g, initial_state, cu_seqlens, _, _, do, dht = tensors
     scale, reverse = options.scale, options.reverse
     w = anchors = None
     dq = dk = dv = dg = dh0 = None
     if needs.g:
         B, T, H, V = v.shape
-        anchors = empty(q, count_blocks(B, T, ANCHOR, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
+        anchors = empty(q, count_blocks(B, T, ANCHOR_TOKENS, cu_seqlens), H, V, q.shape[-1], dtype=torch.float32)
     common = dict(anchors=anchors, cu_seqlens=cu_seqlens)
     if needs.q or needs.g:
         operands = Operands(do, v, k, g, transposed(initial_state), x=q if needs.g else None, **common)
@@ -362,7 +397,7 @@ def naive(inputs: Inputs, options: Options):
     return naive_recurrent_simple_gla(
         q, k, v, g, options.scale, initial_state, options.output, cu_seqlens=cu_seqlens, reverse=options.reverse,
         intermediate_states_buffer=states,
-    )
+    )  # fmt: skip
 
 
 mode = Mode('fused_recurrent', forward, backward, naive)
@@ -396,36 +431,41 @@ def fused_recurrent_simple_gla(
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as all decays and the result are finite in fp32.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+            `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
+            A positive gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
-        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of sequences (B
-            without `cu_seqlens`). Default: zeros.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
+            sequences (B without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the state after the last token.
         reverse: walk each sequence from its last token to its first.
         state_v_first: states are `[N, H, V, K]`.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
-            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
-        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with state_v_first) in fp32, bf16
-            or fp16, of which sequence n has the state in slot `state_indices[n]`. It is read there and replaced by the final state, in
-            place; no other slot is touched. -1 marks padding: a sequence without a state, whose outputs are zero, and so does an index of P
-            and above, which is an error on the CPU. What two equal indices do is undefined. Nothing may need gradients.
-        intermediate_states_buffer: gets the state after every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with state_v_first), in fp32,
-            bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is. For speculative decoding: of the T
-            draft tokens of sequence n, the state after the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
+            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
+            begins is empty.
+        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
+            state_v_first) in fp32, bf16 or fp16, of which sequence n has the state in slot `state_indices[n]`. It is
+            read there and replaced by the final state, in place; no other slot is touched. -1 marks padding: a sequence
+            without a state, whose outputs are zero, and so does an index of P and above, which is an error on the CPU.
+            What two equal indices do is undefined. Nothing may need gradients.
+        intermediate_states_buffer: gets the state after every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with
+            state_v_first), in fp32, bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is.
+            For speculative decoding: of the T draft tokens of sequence n, the state after the last accepted one is
+            `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
         transpose_state_layout: deprecated name of state_v_first.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
+        kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
-    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 
@@ -442,11 +482,13 @@ def fused_recurrent_simple_gla(
     """
     if transpose_state_layout is not None:
         if state_v_first:
-            raise ValueError('state_v_first and its deprecated name transpose_state_layout are both given: pass state_v_first')
+            raise ValueError(
+                'state_v_first and its deprecated name transpose_state_layout are both given: pass state_v_first'
+            )
         if not torch.compiler.is_compiling():
             warnings.warn('transpose_state_layout is deprecated: pass state_v_first', DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     return mode(Call(
-        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, intermediate_states_buffer, None, scale, output_final_state,
-        state_v_first, reverse,
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, state_indices, intermediate_states_buffer, None, scale,
+        output_final_state, state_v_first, reverse,
     ))  # fmt: skip

@@ -2,17 +2,17 @@
 
     o_i = sum_{j<=i} A_ij v_j        A_ij = scale * D_ij (q_i . k_j)        D_ij = exp(g_{j+1} + ... + g_i)
 
-A program owns one block of BT rows of one head and a tile of V columns, and walks the blocks of columns. With c the running sum of
-the gates in a block, c_end the whole block's, and i in a later block than j,
+A program owns one block of BT rows of one head and a tile of V columns, and goes over the blocks of columns. With c the
+running sum of the gates in a block, c_end that of the whole block, and i in a later block than j,
 
     D_ij = exp(c_i) * exp(between + c_end - c_j)
 
-where `between` is the sum over the blocks in between, a difference of two fp64 sums: the mask costs no exponential for each pair, and
-nothing in it cancels. Where the product of the two largest factors is zero in fp32, every decay of the tile is; the walk begins behind
-such tiles.
+where `between` is the sum over the blocks in between, a difference of two fp64 sums. The mask costs no exponential for
+each pair, and nothing in it cancels. Where the product of the largest values of both factors is zero in fp32, so is
+every decay of the tile. A program goes from the first tile to the last where that is not so.
 
-The gradients are three more walks by the same kernel, with other tensors in the roles of q, k and v; a reverse walk goes over the
-blocks behind the rows, and D is transposed:
+The gradients are three more runs of the same kernel, with other tensors in the roles of q, k and v. A reverse run goes
+over the blocks of columns after the rows, and D is transposed:
 
     role     q    k    v                 out
     forward  q    k    v                 o
@@ -20,13 +20,18 @@ blocks behind the rows, and D is transposed:
     dk       v    do   q    reverse      dk
     dv       k    q    do   reverse      dv
 
-On Hopper, with 16-bit inputs and K and V up to 128, the walks are those of `_hopper_parallel.py`, over blocks of 128.
+On Hopper, 16-bit inputs with K and V up to 128 go to the kernel of `hopper/attention.py`, in blocks of 128.
 
-For dg, the sum of A_ij (do_i . v_j) over the pairs that t lies between, j < t <= i, the walks for dq and dk leave q . dq and k . dk.
-Both round the same products to the inputs' dtype, so that over the tokens of a block, from t on, their difference has the rounding
-of fp32 only. What goes from before the block's end to behind it is summed directly, from what the walk for dq has before each tile.
+dg_t is the sum of A_ij (do_i . v_j) over the pairs with j < t <= i. With e the last token of t's block,
+
+    dg_t = sum_{t<=s<=e} (q_s . dq_s - k_s . dk_s) + sum_{j<=e<i} A_ij (do_i . v_j)
+
+The runs for dq and dk leave q . dq and k . dk. Both round the same products to the inputs' dtype, so that the first sum
+has the rounding of fp32 only. The second sum is taken directly: before each tile of a block of rows, the run for dq
+leaves the sum of its q . dq so far (`crossing`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,7 +51,7 @@ from .naive import naive_parallel_simple_gla
 
 @jit
 def reaches(sums, scale, base, blocks, i_h, o_i, o_j, NT, H: tl.constexpr):
-    """Whether anything is left in the rows of blocks o_i of the columns of blocks o_j before them."""
+    """Whether block o_i comes after block o_j, and some decay from o_j to o_i is not zero in fp32."""
     p_i = sums + (base + o_i).to(tl.int64) * H + i_h
     p_j = sums + (base + o_j).to(tl.int64) * H + i_h
     later = tl.load(p_i + blocks * H, mask=o_i < NT, other=0.0).to(tl.float32)
@@ -60,7 +65,7 @@ def reaches(sums, scale, base, blocks, i_h, o_i, o_j, NT, H: tl.constexpr):
 def block_sums_kernel(
     c,  # [1 or 2, blocks, H, BT]: running sums of the gates in blocks
     sums,  # [3, blocks, H], fp64: the gates up to a block's end; the largest c; the largest c_end - c
-    ranges,  # [2, blocks, H]: the first block that reaches this one, or itself; the one behind the last that it reaches; or None
+    ranges,  # [2, blocks, H]: the first block to reach this one, or itself; the one after the last it reaches; or None
     cu_seqlens,  # [N + 1] or None
     scale,
     N, T,
@@ -70,8 +75,8 @@ def block_sums_kernel(
     BT: tl.constexpr,
     BI: tl.constexpr,
     TWO_PARTS: tl.constexpr,
-):
-    """The sums over the blocks of one head of one sequence, BI at a time."""
+):  # fmt: skip
+    """The sums and ranges of the blocks of one head of one sequence, BI blocks at a time."""
     i_n, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     if cu_seqlens is None:
         bos = 0
@@ -104,7 +109,7 @@ def block_sums_kernel(
         before += tl.sum(b_sum, 0)
 
     if ranges is not None:
-        # what other threads have stored above is read now
+        # below, threads read what others have stored above
         tl.debug_barrier()
         for i in range(0, NT, BI):
             o_i = i + tl.arange(0, BI)
@@ -124,17 +129,21 @@ def block_sums_kernel(
 
 
 @jit
-def products(b_q, r_q, q_t, r_k, k_t, L, i_q, i_k, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, P: tl.constexpr):
-    """`q k^T` of the rows from i_q on with the columns from i_k on. Of rows that BK holds, b_q is the block of q; longer ones are read
-    in steps.
+def products(
+    b_q, r_q, q_t, r_k, k_t, L, i_q, i_k,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`q k^T` of the BT rows from i_q on with the BT columns from i_k on.
+
+    If K is at most BK, b_q are the rows of q. Longer rows are read here, in steps of BK.
     """
     if K <= BK:
         b_p = tl.dot(b_q, tl.trans(load_rows(r_k, k_t, L, i_k, 0, K, BT, BK, TMA)), input_precision=P)
     else:
         b_p = tl.zeros([BT, BT], tl.float32)
         if K > 2 * BK and P is not None:
-            # fp32, in a loop that is not unrolled: of an unrolled one the rows of q are all kept in registers from tile to tile, which
-            # takes 6 KB of stack to a thread (D 512, sm_80).
+            # In fp32 the loop is not unrolled: then the compiler would keep all rows of q in registers from tile to tile,
+            # which takes 6 KB of stack to a thread (D 512, sm_80).
             for i in tl.range(0, K, BK, num_stages=1):
                 b_qi = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
                 b_ki = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
@@ -156,7 +165,7 @@ def attention_kernel(
     o,  # [B, T, H, V]
     x,  # [B, T, H // GV, V], or None
     x_o,  # [NV, B, H, T]: rows x . o, over the V tile
-    crossing,  # [NV, blocks, H, NB]: the sum of x . o over a block of rows, with the columns before block b only; not in reverse
+    crossing,  # [NV, blocks, H, NB]: x . o summed over a block of rows, of the columns before block b; not in reverse
     attention,  # [B, H, T, T], or None
     cu_seqlens,  # [N + 1] or None
     scale,
@@ -184,7 +193,7 @@ def attention_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """o of one block of rows of one head, in BV columns of V."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -204,7 +213,7 @@ def attention_kernel(
 
     r_o = open_rows(o + ((i_b * T + i_f) * H + i_h) * V, H * V, L, V, BT, BV, TMA)
     if cu_seqlens is not None:
-        # the tokens in no sequence
+        # tokens in no sequence get zeros
         if ~is_sequence(i_n, N):
             store_rows(r_o, H * V, L, i_t, i_v * BV, tl.zeros([BT, BV], o.dtype.element_ty), V, BT, BV, TMA)
             return
@@ -234,7 +243,7 @@ def attention_kernel(
             b_f = tl.load(p_c + c_part + r)
             b_e += tl.load(p_c + c_part + BT - 1) - b_f
         b_r = b_c + b_f if TWO_PARTS else b_c
-        # the sum up to the rows' end, or, forward, to where they begin
+        # the sum up to the start of the rows; in reverse up to their end
         if REVERSE:
             sum_r = tl.load(sums + i_r * H)
             largest_r = tl.load(sums + 2 * blocks * H + i_r * H).to(tl.float32)
@@ -243,7 +252,7 @@ def attention_kernel(
             largest_r = tl.load(sums + blocks * H + i_r * H).to(tl.float32)
             b_r = tl.exp2(b_r) * scale
 
-        # the columns that something of is left in the rows, or of the rows in them
+        # the first block of columns that reaches the rows, and the one after the last; in reverse, that the rows reach
         lo_alive = hi
         hi_alive = lo
         for i in range(lo, hi, BI):
@@ -268,8 +277,9 @@ def attention_kernel(
         i = lo + j
         b_v = load_rows(r_v, v_t, L, i * BT, i_v * BV, V, BT, BV, TMA)
         if TMA:
-            # Reading b_o here makes Triton wait for its last product. It would leave that in flight, and ptxas then serialises every
-            # product of the loop (C7515; triton 3.6). At D 128 forward takes 0.23 ms without this line, and 0.19 with it.
+            # Reading b_o here makes Triton wait for the last product that was added to it. Otherwise Triton leaves that
+            # product in flight, and ptxas then serialises every product of the loop (C7515; triton 3.6). At D 128 the
+            # forward takes 0.23 ms without this line, and 0.19 with it.
             b_o = tl.inline_asm_elementwise('mov.b32 $0, $1;', '=r,r', [b_o], dtype=tl.float32, is_pure=True, pack=1)
         if crossing is not None:
             tl.store(crossing + i, tl.sum(b_x * b_o))
@@ -320,7 +330,7 @@ def attention_kernel(
 def attention_gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
     w, z,  # [NK, B, H, T]: q . dq and k . dk, in NK parts
-    crossing,  # [NC, blocks, H, NB]: of w over a block, what comes from before block b, in NC parts
+    crossing,  # [NC, blocks, H, NB]: w summed over a block of rows, of the columns before block b, in NC parts
     cu_seqlens,  # [N + 1] or None
     N, T,
     g_b, g_t, g_h,
@@ -332,7 +342,7 @@ def attention_gate_gradient_kernel(
     H: tl.constexpr,
     BT: tl.constexpr,
     BI: tl.constexpr,
-):
+):  # fmt: skip
     """dg of one head over one block."""
     i_s, i_h = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
     i_b, i_n, first, end, bos, eos = block_bounds(cu_seqlens, i_s, N, T, BT)
@@ -343,7 +353,7 @@ def attention_gate_gradient_kernel(
 
     b_g = tl.load(g + i_b * g_b + o_t * g_t + i_h * g_h, mask=m_t, other=0.0).to(tl.float32) * LOG2E
     o_w = (i_b * H + i_h) * T + o_t
-    # the pairs from up to the block's end to behind it
+    # the pairs (i, j) with j up to the block's end and i after it
     i_next = (first - bos) // BT + 1
     rows = tl.cdiv(tl.where(is_sequence(i_n, N), eos, bos) - bos, BT)
     p_s = crossing + ((i_s - i_next + 1).to(tl.int64) * H + i_h) * NB + i_next
@@ -358,19 +368,22 @@ def attention_gate_gradient_kernel(
             b_s += tl.load(p_s + o_i.to(tl.int64) * (H * NB), mask=o_i < rows, other=0.0)
         p_s += blocks.to(tl.int64) * H * NB
 
-    # no sum goes over a reset, which no pair does: what is behind it may be far larger, and its rounding too
+    # No pair crosses a reset, so no sum does: what comes after the reset may be far larger, and so may its rounding.
     resets = tl.cumsum((b_g < UNDERFLOW).to(tl.int32), 0)
     r = tl.arange(0, BT)
     summed = (r[:, None] <= r[None, :]) & (resets[:, None] == resets[None, :])
     b_dg = tl.sum(tl.where(summed, b_w[None, :], 0.0), 1)
     b_dg += tl.where(resets == tl.max(resets), tl.sum(b_s), 0.0)
-    # nothing comes before the first token either: what is left of the sums there is their rounding
+    # Nothing crosses a reset or the start of a sequence: the sums there are nothing but rounding.
     b_dg = tl.where((b_g < UNDERFLOW) | (o_t == bos), 0.0, b_dg)
     tl.store(dg + (i_b * T + o_t) * H + i_h, b_dg, mask=o_t < end)
 
 
-class Config(NamedTuple):
-    """How a walk is cut: blocks of BT rows and columns, K in steps of BK, BV columns of V and `warps` to a program, loads `stages` deep."""
+class AttentionConfig(NamedTuple):
+    """How a run is cut: blocks of BT rows and columns; K in steps of BK; BV columns of V and `warps` to a program.
+
+    The loop over the blocks of columns has a pipeline of `stages` stages.
+    """
 
     BT: int
     BK: int
@@ -379,9 +392,9 @@ class Config(NamedTuple):
     stages: int
 
 
-# Configurations by the bytes of an input number and the dim that is to fit, for Hopper and for everything else.
+# By the bytes of an input number and the dim, at least 64 and rounded up to a power of two; for Hopper and for all else.
 #
-# Hopper, measured on one H200 (triton 3.6), ms of the walks for o, dq, dk and dv:
+# Hopper, measured on one H200 (triton 3.6), ms of the runs for o, dq, dk and dv:
 #   bf16, D 128, B4 T2048 H16   BT 64, BV 128, 4 warps, 3 stages             0.20 0.25 0.21 0.20
 #                               2 stages: two programs to a multiprocessor   0.24 0.27 0.24 0.22
 #                               BT 128, 8 warps, 3 stages                    0.22 0.29 0.24 0.23
@@ -400,38 +413,39 @@ class Config(NamedTuple):
 #                               BK 128: spills                               2.62 4.78 2.73 2.66
 #   fp32, D 256, B2 T1024 H8    BT 64, BK 64, BV 64, 4 warps, 1 stage        0.59 0.68 0.59 0.57
 #                               BT 16, BV 128: too few rows for wgmma        1.45 2.12 1.69 1.31
+#
 # The others were only compiled, for sm_80: no kernel takes over 280 bytes of stack to a thread (triton 3.6).
 HOPPER = {
     2: {
-        64: Config(64, 64, 64, 4, 3), 128: Config(64, 128, 128, 4, 3),
-        256: Config(64, 256, 128, 4, 1), 512: Config(64, 256, 128, 4, 1),
+        64: AttentionConfig(64, 64, 64, 4, 3), 128: AttentionConfig(64, 128, 128, 4, 3),
+        256: AttentionConfig(64, 256, 128, 4, 1), 512: AttentionConfig(64, 256, 128, 4, 1),
     },
     4: {
-        64: Config(64, 64, 64, 4, 2), 128: Config(64, 64, 64, 4, 1),
-        256: Config(64, 64, 64, 4, 1), 512: Config(64, 64, 64, 4, 1),
+        64: AttentionConfig(64, 64, 64, 4, 2), 128: AttentionConfig(64, 64, 64, 4, 1),
+        256: AttentionConfig(64, 64, 64, 4, 1), 512: AttentionConfig(64, 64, 64, 4, 1),
     },
 }  # fmt: skip
 OTHERS = {
     2: {
-        64: Config(32, 64, 64, 4, 2), 128: Config(32, 128, 64, 4, 2),
-        256: Config(32, 128, 128, 8, 2), 512: Config(32, 128, 128, 8, 2),
+        64: AttentionConfig(32, 64, 64, 4, 2), 128: AttentionConfig(32, 128, 64, 4, 2),
+        256: AttentionConfig(32, 128, 128, 8, 2), 512: AttentionConfig(32, 128, 128, 8, 2),
     },
     4: {
-        64: Config(32, 64, 64, 4, 2), 128: Config(16, 128, 64, 4, 1),
-        256: Config(16, 64, 64, 4, 1), 512: Config(16, 64, 64, 4, 1),
+        64: AttentionConfig(32, 64, 64, 4, 2), 128: AttentionConfig(16, 128, 64, 4, 1),
+        256: AttentionConfig(16, 64, 64, 4, 1), 512: AttentionConfig(16, 64, 64, 4, 1),
     },
 }  # fmt: skip
 
 
-def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Configuration of a walk with rows of K and V numbers. The blocks are the same with K and V exchanged."""
+def attention_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> AttentionConfig:
+    """Configuration of a run with rows of K and V numbers. The blocks are the same with K and V exchanged."""
     table = (HOPPER if is_hopper(device) else OTHERS)[dtype.itemsize]
     config = table[max(64, next_power_of_2(max(K, V)))]
     return config._replace(BK=min(config.BK, max(16, next_power_of_2(K))))
 
 
 class Gates(NamedTuple):
-    """What the walks read of the gates: their sums in blocks, and what `block_sums` returns of these. All None without gates."""
+    """What the runs read of the gates: their sums in blocks, and what `block_sums` returns. All None without gates."""
 
     c: torch.Tensor | None = None
     sums: torch.Tensor | None = None
@@ -439,28 +453,28 @@ class Gates(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a walk reads, q, k, v and x in their roles."""
+    """What a run reads, q, k, v and x in their roles."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     gates: Gates
-    x: torch.Tensor | None = None  # whose products with the rows of the output dg needs
+    x: torch.Tensor | None = None  # dg needs its products with the rows of the output
     cu_seqlens: torch.Tensor | None = None
 
     def sizes(self) -> tuple[int, ...]:
-        """B, T, H, K, V; each of q and k, and of v and x, have H heads or a divisor of it."""
+        """B, T, H, K, V. The output has H heads; q and k, and v and x, have H or a divisor of it."""
         B, T, HQ, K = self.q.shape
         HV, V = self.v.shape[2:]
         return B, T, max(HQ, HV), K, V
 
 
 class Setting(NamedTuple):
-    """How a walk goes: the numbers that a launch depends on beside the layouts of its tensors."""
+    """How a run goes: all that a launch depends on beside the layouts of its tensors."""
 
     scale: float
     reverse: bool = False
-    precision: str | None = None
+    precision: str | None = None  # of fp32 products, as `tl.dot` takes it
     role: str = 'o'  # what the run makes, which its kernel's name tells
 
 
@@ -475,18 +489,19 @@ def launch_attention(tensors, setting):
         setting.scale, count_sequences(B, cu_seqlens), T,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(x, 3),
         B * H * T, 0 if c is None else c[0].numel(), blocks, cdiv(T, BT),
-    )
+    )  # fmt: skip
     constants = dict(
         ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BT=BT, BK=BK, BV=BV, BI=64,
         REVERSE=setting.reverse, TWO_PARTS=c is not None and c.shape[0] == 2, TMA=use_descriptors(q, k, v, o, x),
         PRECISION=setting.precision, STAGES=stages, num_warps=warps,
-    )
+    )  # fmt: skip
     return attention_kernel, (blocks * H * cdiv(V, BV), 1, 1), args, constants
 
 
 def attend(operands: Operands, setting: Setting, output_attentions: bool = False):
-    """One walk: `o`; the attention map or None; with x also the rows `x . o [NV, B, H, T]` and, not in reverse, what of them
-    comes from before each block `[NV, blocks, H, NB]`.
+    """One run: `o`; the attention map or None; and two that are None without x. They are the rows `x . o [NV, B, H, T]`
+    and, not in reverse, `crossing [NV, blocks, H, NB]`: the sums of these rows over blocks, of the columns before each
+    block.
     """
     q, k, v, (c, sums, _), x, cu_seqlens = operands
     B, T, H, K, V = operands.sizes()
@@ -497,7 +512,7 @@ def attend(operands: Operands, setting: Setting, output_attentions: bool = False
     if x is not None:
         x_o = empty(q, NV, B, H, T, dtype=torch.float32)
         if not setting.reverse:
-            # zeros, because tiles without anything are skipped
+            # zeros, because the kernel writes nothing for tiles that it leaves out
             crossing = zeros(q, NV, count_blocks(B, T, BT, cu_seqlens), H, cdiv(T, BT), dtype=torch.float32)
     attention = zeros(q, B, H, T, T) if output_attentions else None
     if o.numel():
@@ -514,8 +529,8 @@ def launch_block_sums(tensors, scale, N, T):
 
 
 def block_sums(c: torch.Tensor, inputs: Inputs, scale: float, with_ranges: bool):
-    """Sums of the gates over blocks, and the largest in them, `[3, blocks, H]` in fp64; and, or None, which blocks reach which,
-    `[2, blocks, H]` in int32.
+    """Sums of the gates over blocks, and the largest ones in them, `[3, blocks, H]` in fp64; and the ranges of blocks
+    that reach each other, `[2, blocks, H]` in int32, or None.
     """
     B, T = inputs.q.shape[:2]
     blocks, H = c.shape[1:3]
@@ -532,7 +547,8 @@ def launch_gate_gradient(tensors, BT):
     B, T, H = g.shape
     NC, blocks, _, NB = crossing.shape
     args = *tensors, count_sequences(B, cu_seqlens), T, *g.stride(), B * H * T, blocks, NB
-    return attention_gate_gradient_kernel, (blocks * H, 1, 1), args, dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
+    constants = dict(NK=w.shape[0], NC=NC, H=H, BT=BT, BI=32, num_warps=4)
+    return attention_gate_gradient_kernel, (blocks * H, 1, 1), args, constants
 
 
 def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
@@ -543,7 +559,8 @@ def gate_gradient(g, w, z, crossing, BT, cu_seqlens):
     return dg
 
 
-def sums_of_gates(inputs: Inputs, hopper, scale: float) -> Gates:
+def sums_of_gates(inputs: Inputs, hopper: Callable | None, scale: float) -> Gates:
+    """What the runs read of the gates, in the blocks of the kernel that they take."""
     q, v, g = inputs.q, inputs.v, inputs.g
     if g is None:
         return Gates()
@@ -553,8 +570,8 @@ def sums_of_gates(inputs: Inputs, hopper, scale: float) -> Gates:
 
 
 @device_pass
-def forward_pass(inputs: Inputs, options: Options, hopper):
-    """o, the attention map or None, and the three that the backward reads of the gates."""
+def forward_pass(inputs: Inputs, options: Options, hopper: Callable | None):
+    """`o`, the attention map or None, and the three of `Gates`, for the backward. hopper is from `hopper_attend`."""
     gates = sums_of_gates(inputs, hopper, options.scale)
     operands = Operands(*inputs[:3], gates, cu_seqlens=inputs.cu_seqlens)
     setting = Setting(options.scale, precision=options.precision)
@@ -566,8 +583,8 @@ def forward_pass(inputs: Inputs, options: Options, hopper):
 
 
 @device_pass
-def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper) -> Gradients:
-    """The gradients that are needed, those of q and k for each head of v."""
+def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper: Callable | None) -> Gradients:
+    """The gradients that are needed. Those of q and k are for each head of v."""
     inputs, (*gates, do) = Inputs(*tensors[:8]), tensors[8:]
     q, k, v, g, _, cu_seqlens, *_ = inputs
     gates = sums_of_gates(inputs, hopper, options.scale) if gates[0] is None else Gates(*gates)
@@ -576,30 +593,33 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper) ->
     reverse = forward._replace(reverse=True)
     dq = dk = dv = dg = None
     if needs.q or needs.g:
-        dq, *_, w, crossing = run(Operands(do, v, k, gates, q if needs.g else None, cu_seqlens), forward._replace(role='dq'))
+        operands = Operands(do, v, k, gates, q if needs.g else None, cu_seqlens)
+        dq, *_, w, crossing = run(operands, forward._replace(role='dq'))
     if needs.k or needs.g:
-        dk, *_, z, _ = run(Operands(v, do, q, gates, k if needs.g else None, cu_seqlens), reverse._replace(role='dk'))
+        operands = Operands(v, do, q, gates, k if needs.g else None, cu_seqlens)
+        dk, *_, z, _ = run(operands, reverse._replace(role='dk'))
     if needs.g:
         dg = gate_gradient(g, w, z, crossing, gates.c.shape[-1], cu_seqlens)
     if needs.v:
-        dv, *_ = run(Operands(k, q, do, gates, cu_seqlens=cu_seqlens), reverse._replace(role='dv'))
+        operands = Operands(k, q, do, gates, cu_seqlens=cu_seqlens)
+        dv, *_ = run(operands, reverse._replace(role='dv'))
     return Gradients(dq, dk, dv, dg, None)
 
 
-def attention_of(inputs: Inputs, plan: Plan):
-    """The module of the walks for Hopper; None where it does not take these, or the attention map is wanted."""
+def hopper_attend(inputs: Inputs, plan: Plan) -> Callable | None:
+    """`attend` for Hopper; None where it does not take these tensors, or where the attention map is wanted."""
     return None if plan.options.output else plan.once(attention_for, *inputs[:3])
 
 
 def forward(inputs: Inputs, plan: Plan) -> Results:
-    o, attention, *gates = forward_pass(inputs, plan.options, attention_of(inputs, plan), plan=plan)
+    o, attention, *gates = forward_pass(inputs, plan.options, hopper_attend(inputs, plan), plan=plan)
     return Results(o, attention, gates=gates)
 
 
 def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: Plan) -> tuple:
     (_, gates), (do, _) = kept, given
-    hopper = attention_of(inputs, plan)
-    # the blocks of the forward are those of its kernel
+    hopper = hopper_attend(inputs, plan)
+    # The gates were summed in the blocks of the forward's kernel, so the backward takes the same one.
     do = as_taken(do, hopper is not None)
     return backward_pass((*inputs, *(gates or Gates()), do), needs, plan.options, hopper)
 
@@ -611,6 +631,7 @@ def naive(inputs: Inputs, options: Options):
 
 
 def map_like(inputs: Inputs) -> torch.Tensor:
+    """A tensor like the attention map."""
     B, T = inputs.q.shape[:2]
     return inputs.q.new_empty(B, inputs.v.shape[2], T, T)
 
@@ -630,39 +651,44 @@ def parallel_simple_gla(
     *,
     g_gamma: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention as attention without a softmax: quadratic, for short sequences, and for its attention map.
+    r"""Simple Gated Linear Attention as attention without a softmax: quadratic, for short sequences, and for its
+    attention map.
 
         o_i = sum_{j<=i} A_ij v_j
         A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)
 
-    No state goes in or comes out: the other modes have them. Products are computed in the inputs' dtype and summed in fp32; fp32
-    inputs are computed to fp32 accuracy, or in TF32 where `torch.set_float32_matmul_precision` allows it. Tiles whose decay is zero
-    in fp32 are skipped, so that strong gates make it cheaper than quadratic. A sequence's results do not depend on what else is
-    in the batch. Differentiable in q, k, v, g and g_gamma, once, through o alone. CPU tensors are computed by
-    `naive_parallel_simple_gla`.
+    No state goes in or comes out: the other modes have them. Products are computed in the inputs' dtype and summed in
+    fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where `torch.set_float32_matmul_precision` allows it.
+    Tiles whose decay is zero in fp32 are skipped, so that strong gates make it cheaper than quadratic. A sequence's
+    results do not depend on what else is in the batch. Differentiable in q, k, v, g and g_gamma, once, through o alone.
+    CPU tensors are computed by `naive_parallel_simple_gla`.
 
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state. A positive
-            gate is allowed as long as all decays and the result are finite in fp32.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+            `h // (H // HK)`.
+        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
+            A positive gate is allowed as long as all decays and the result are finite in fp32.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
         output_attentions: whether to return the attention map. Not with `cu_seqlens`.
-        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a batch of one.
-            It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On the GPU its contents are not
-            checked: bounds are moved into 0..T, and a sequence that would end before it begins is empty.
+        cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
+            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
+            begins is empty.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the attention map `[B, H, T, T]` in q's dtype, zero above the diagonal, or None.
+        o `[B, T, H, V]` in q's dtype, and the attention map `[B, H, T, T]` in q's dtype, zero above the diagonal, or
+        None.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any kernel starts.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
+        kernel starts.
 
-    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with the scalar
-    gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
 
     Example::
 
@@ -675,5 +701,6 @@ def parallel_simple_gla(
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 100, 100]))
     """
     return mode(Call(
-        q, k, v, g, g_gamma, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, scale=scale, output_attentions=output_attentions,
+        q, k, v, g, g_gamma, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, scale=scale,
+        output_attentions=output_attentions,
     ))  # fmt: skip

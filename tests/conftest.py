@@ -1,4 +1,4 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, which has to be said before triton is imported."""
+"""Where there is no GPU the kernels run in Triton's interpreter. It has to be chosen before triton is imported."""
 
 import os
 
@@ -6,5 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
-    # the interpreter's many small operations gain nothing from threads
+    # The interpreter runs many small operations, which gain nothing from threads.
     torch.set_num_threads(1)
+
+from fake_gpu import gpu  # noqa: E402, F401  a fixture of several files

@@ -1,9 +1,13 @@
-"""One way to make inputs, to run a mode with its gradients, and to judge it: root-mean-square error against naive in fp64."""
+"""Shared by the tests: the inputs of a case, a run of a mode with its gradients, and errors against naive in fp64."""
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 from unittest import mock
 
+import pytest
 import torch
 
 from fla_simple_gla import (
@@ -18,11 +22,15 @@ from fla_simple_gla._cache import Cache
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
+needs_gpu = pytest.mark.skipif(not GPU, reason='needs a GPU')
+# The interpreter multiplies bfloat16 wrongly, and it takes long for large heads.
+HALF = torch.bfloat16 if GPU else torch.float16
+D = 64 if GPU else 16
 
 
 @contextlib.contextmanager
 def segments_of(tokens: int, plans: Cache):
-    """The chunk mode cuts sequences into segments of so many tokens, however few they are; those plans are for calls here alone."""
+    """The chunk mode cuts sequences of any length into segments of this many tokens. `plans` keeps its plans."""
     choice = mock.patch('fla_simple_gla.chunk.segment_tokens', lambda rows, T, *_: tokens if rows and T else None)
     with choice, mock.patch('fla_simple_gla._plans.plans', plans):
         yield
@@ -32,12 +40,12 @@ PLANS = Cache(1000)
 
 
 def launch_by_triton(monkeypatch) -> None:
-    """Passes run each time, and their launches are triton's: what else is patched is seen."""
+    """Passes are not replayed, and triton launches their kernels. The calls then see what else a test patches."""
     monkeypatch.setattr('fla_simple_gla._passes.why_not_direct', lambda: 'it is switched off by a test')
 
 
 def chunk_in_segments(*args, **kwargs):
-    """The chunk mode with segments of 128 tokens: what it does to long sequences."""
+    """The chunk mode with segments of 128 tokens, into which it cuts long sequences only."""
     with segments_of(128, PLANS):
         return chunk_simple_gla(*args, **kwargs)
 
@@ -49,14 +57,17 @@ MODES = {
     'fused_recurrent': fused_recurrent_simple_gla,
     'parallel': parallel_simple_gla,
 }
-# those that states go into and come out of
+# The modes that take and return states.
 STATEFUL = [mode for mode in MODES if mode != 'parallel']
-# those that give a sequence the same bits whatever else is in the batch
+# The modes in which the bits of a sequence do not depend on the rest of the batch.
 INVARIANT = [mode for mode in MODES if mode != 'chunk']
-# those that multiply in the inputs' dtype
+# The modes that multiply in the dtype of the inputs.
 CHUNKED = [mode for mode in MODES if mode != 'fused_recurrent']
+# Tokens that make several chunks, blocks and segments. The interpreter is slow where a mode goes token by token.
+LENGTH = dict.fromkeys(MODES, 600 if GPU else 150)
+LENGTH |= {'segments': 600 if GPU else 280, 'fused_recurrent': 100 if GPU else 20}
 
-# Of outputs and states; of gate gradients. The recurrent mode rounds nothing but its output.
+# The tolerances of outputs and states, and of gate gradients. The recurrent mode rounds only its output.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 6e-3)}
 
 
@@ -81,23 +92,28 @@ class Case:
     state_v_first: bool = False
     reverse: bool = False
     scale: float | None = None
-    # or 'qkv': slices of one projection; 'heads_first'; 'odd': rows not aligned to 16 bytes; 'wide': rows of aligned, wider ones
+    # 'contiguous'; 'qkv': slices of one projection; 'heads_first'; 'odd': rows that are not aligned to 16 bytes;
+    # 'wide': rows that are parts of wider, aligned rows
     layout: str = 'contiguous'
     seed: int = 0
 
     def __str__(self):
-        shown = [f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        shown = [
+            f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        ]
         return ','.join(shown).replace('torch.', '').replace(' ', '')
 
     def of(self, mode: str) -> 'Case':
         """The case, without states where the mode has none."""
         if mode in STATEFUL:
             return self
-        return dataclasses.replace(self, initial_state=False, output_final_state=False, state_v_first=False, state_dtype=torch.float32)
+        return dataclasses.replace(
+            self, initial_state=False, output_final_state=False, state_v_first=False, state_dtype=torch.float32
+        )
 
 
 def make_inputs(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:
-    """q, k, v, g, g_gamma, initial_state, do, dht of a case; the tensors that it does not have are None."""
+    """q, k, v, g, g_gamma, initial_state, do and dht of a case. A tensor that the case does not have is None."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def random(*shape):
@@ -127,8 +143,13 @@ def make_inputs(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:
     return x
 
 
+def tensors(inputs: dict, *names: str) -> list[torch.Tensor]:
+    """The inputs of these names, by default q, k, v and g."""
+    return [inputs[name] for name in names or ('q', 'k', 'v', 'g')]
+
+
 def place(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """x with other strides; its last dimension stays contiguous."""
+    """x with other strides. Its last dimension stays contiguous."""
     if layout == 'heads_first':
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == 'odd':
@@ -141,7 +162,7 @@ def place(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Memory from `torch.empty` holds NaN: what a kernel leaves unwritten, or reads before it writes, shows."""
+    """Memory from `torch.empty` holds NaN, which shows what a kernel does not write, or reads before it writes it."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -151,11 +172,12 @@ def poisoned_memory():
 
 
 def run(fn, case: Case, inputs: dict | None = None, allow_unused: bool = False) -> dict[str, torch.Tensor]:
-    """o, ht and the gradients of everything that has one."""
+    """o, ht and the gradients of all inputs that have one."""
     inputs = inputs or make_inputs(case)
     leaves = {
         name: inputs[name].detach().requires_grad_()
-        for name in ('q', 'k', 'v', 'g', 'g_gamma', 'initial_state') if inputs[name] is not None
+        for name in ('q', 'k', 'v', 'g', 'g_gamma', 'initial_state')
+        if inputs[name] is not None
     }
     options = {'scale': case.scale}
     if case.output_final_state:
@@ -179,22 +201,26 @@ def run(fn, case: Case, inputs: dict | None = None, allow_unused: bool = False) 
 
 
 def reference(case: Case, inputs: dict | None = None) -> dict[str, torch.Tensor]:
-    """The same from naive in fp64: chunk by chunk, or token by token where the direction asks for it."""
+    """The results of naive in fp64. It goes chunk by chunk, and token by token back in time."""
 
-    def naive(q, k, v, g=None, initial_state=None, output_final_state=False, state_v_first=False, reverse=False, **options):
-        form, options = (naive_recurrent_simple_gla, options | {'reverse': True}) if reverse else (naive_chunk_simple_gla, options)
+    def naive(
+        q, k, v, g=None, initial_state=None, output_final_state=False, state_v_first=False, reverse=False, **options
+    ):
+        form, options = (
+            (naive_recurrent_simple_gla, options | {'reverse': True}) if reverse else (naive_chunk_simple_gla, options)
+        )
         h0 = initial_state.mT if state_v_first and initial_state is not None else initial_state
         o, ht = form(q, k, v, g, initial_state=h0, output_final_state=output_final_state, **options)
         return o, ht.mT if state_v_first and ht is not None else ht
 
     inputs = inputs or make_inputs(case)
     inputs = {name: None if t is None else t.double() for name, t in inputs.items()}
-    # autograd does not see inputs of length zero used
+    # Autograd does not see that inputs of length zero are used.
     return run(naive, case, inputs, allow_unused=True)
 
 
 def rms_error(x: torch.Tensor, expected: torch.Tensor) -> float:
-    """`|x - expected| / |expected|`; NaN where x has one."""
+    """`|x - expected| / |expected|`. It is NaN if x has a NaN."""
     if expected.numel() == 0:
         return 0.0
     return ((x.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
@@ -211,6 +237,29 @@ def check(case: Case, results: dict, expected: dict) -> None:
     found = errors(results, expected)
     for name, error in found.items():
         tolerance = TOLERANCE[case.dtype][name in ('dg', 'dg_gamma')]
-        # a gradient has its input's dtype, and is no better than its rounding
+        # A gradient is rounded to the dtype of its input.
         tolerance = max(tolerance, torch.finfo(results[name].dtype).eps / 2)
         assert error <= tolerance, f'{name} of {found}'
+
+
+def mark_slow(values, *slow) -> list:
+    """Values of a parameter. Those in `slow` are marked: they take long in the interpreter on two cores."""
+    return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]
+
+
+def slow_rows(rows) -> list:
+    """Values of several parameters, all of which are marked as slow."""
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess:
+    """Run code in a process of its own. Its environment is this one with these variables; None removes a variable."""
+    merged = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)} | environment
+    merged = {name: value for name, value in merged.items() if value is not None}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env=merged)

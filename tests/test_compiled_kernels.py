@@ -28,6 +28,7 @@ def cuobjdump() -> pathlib.Path | None:
     return found if found.exists() else None
 
 
+@pytest.mark.slow
 def test_stack_and_shared_memory():
     """Of the entries of the tables whose states and rows are the longest."""
     if cuobjdump() is None:
@@ -71,7 +72,7 @@ def compile_entry(entry: tuple) -> str:
     number = '*fp32' if size == 4 else '*bf16'
     types = {name: number for name in ('q', 'k', 'v', 'o')} | {name: '*fp32' for name in ('c', 'state_in', 'state_out')}
     types |= {'sums': '*fp64', 'scale': 'fp32'}
-    types |= {name: 'i32' for name in ('N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'slots', 'NB')}
+    types |= {name: 'i32' for name in ('N', 'T', 'P', 'segment', 'part', 'c_part', 'blocks', 'NB')}
     if gradient:
         types |= {'x': number, 'anchors': number} | {name: '*fp32' for name in ('x_o', 'x_inter', 's_ds')}
     constants = dict(

@@ -1,7 +1,7 @@
-"""Whatever `cu_seqlens` and `state_indices` contain: no kernel leaves a tensor, nothing is left unwritten, and what is right stays right.
+"""Wrong contents of `cu_seqlens` and `state_indices`: no kernel leaves a tensor or leaves out a result.
 
-Bounds are moved into 0..T, a sequence that would end before it begins is empty, tokens in no sequence get zeros, and an index that is no
-slot of the pool is padding.
+Bounds are moved into 0..T. A sequence that would end before it begins is empty. Tokens in no sequence get zeros.
+An index that is no slot of the pool is padding. Sequences with right bounds keep their results.
 """
 
 import dataclasses
@@ -10,41 +10,66 @@ import random
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, launch_by_triton, make_inputs, poisoned_memory, reference, rms_error, run
+from harness import (
+    DEVICE,
+    GPU,
+    MODES,
+    STATEFUL,
+    Case,
+    check,
+    launch_by_triton,
+    make_inputs,
+    mark_slow,
+    poisoned_memory,
+    reference,
+    rms_error,
+    run,
+    slow_rows,
+)
 
 from fla_simple_gla import fused_recurrent_simple_gla
 from fla_simple_gla._validation import check_contents
 
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
-# without a GPU the chunk mode leaves sequences in one piece, and is fused_chunk
+# Without a GPU the chunk mode does not cut sequences, and does what fused_chunk does.
 DIFFERENT = [mode for mode in MODES if GPU or mode != 'chunk']
 MAX32, MAX64 = 2**31 - 1, 2**63 - 1
 TOKENS = {'o', 'dq', 'dk', 'dv', 'dg'}
 
-# bounds that never decrease, with batches of so many tokens
+# Numbers of tokens, and bounds that never decrease.
 SORTED = [
-    (32, (0, 10, 40)), (32, (5, 20)), (32, (-2, 5, 8)), (32, (5, 5, 11, 11, 70)), (32, (40, 50, 60)), (32, (-9, -3, -3)),
-    (32, (2**40, 2**41)), (32, (-(2**40), 10, 2**40)), (32, (0, 2**32 + 5, 2**32 + 9)), (32, (-(2**32) + 7, 9)), (32, (-MAX64 - 1, MAX64)),
+    (32, (0, 10, 40)), (32, (5, 20)), (32, (-2, 5, 8)), (32, (5, 5, 11, 11, 70)), (32, (40, 50, 60)),
+    (32, (-9, -3, -3)),
+    (32, (2**40, 2**41)), (32, (-(2**40), 10, 2**40)), (32, (0, 2**32 + 5, 2**32 + 9)), (32, (-(2**32) + 7, 9)),
+    (32, (-MAX64 - 1, MAX64)),
     (32, (32, 32)), (32, (31, 32)), (1, (-1, 0, 1, 2)), (1, (1, 1)), (0, (5, 9)),
 ]  # fmt: skip
 SORTED32 = [(32, (-MAX32 - 1, 7, MAX32)), (32, (MAX32, MAX32)), (32, (3, 40, 50))]
-# of several segments
-LONG = [(500, (0, 300, 900)), (500, (140, 440)), (500, (-5, 130, 2**40)), (400, (399, 399, 401)), (300, (300, 300, 300))]
-# with those sequences whose results are as ever, as no other has a token of theirs
+# Bounds of several segments.
+LONG = [
+    (500, (0, 300, 900)),
+    (500, (140, 440)),
+    (500, (-5, 130, 2**40)),
+    (400, (399, 399, 401)),
+    (300, (300, 300, 300)),
+]
+# Bounds that decrease, and the sequences that share no token with others. These keep their results.
 DECREASING = [
-    (32, (0, 20, 20, 12, 12), [0]), (32, (0, 20, 12, 32), []), (32, (9, 0), []), (32, (40, 7, 7, 3, -8, 12), []), (32, (30, 20, 10), []),
+    (32, (0, 20, 20, 12, 12), [0]), (32, (0, 20, 12, 32), []), (32, (9, 0), []), (32, (40, 7, 7, 3, -8, 12), []),
+    (32, (30, 20, 10), []),
     (32, (4, 10, 2**40, 9), [0]), (32, (0, 5, 3, 5, 3, 5, 11), [5]),
 ]  # fmt: skip
-# several blocks and segments begin in slots that a later sequence has too
+# Several blocks and segments begin in slots that a later sequence has too.
 LONG_DECREASING = [
-    (600, (600, 600, 0, 600)), (600, (0, 600, 0, 0, 100)), (600, (0, 600, 0, 600, 0)), (600, (400, 0, 600)), (600, (0, 600, 200)),
+    (600, (600, 600, 0, 600)), (600, (0, 600, 0, 0, 100)), (600, (0, 600, 0, 600, 0)), (600, (400, 0, 600)),
+    (600, (0, 600, 200)),
     (600, (600, 0)), (600, (0, 130, 600, 5, 700, -600, 260)),
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    """No check of the contents, which refuses them: that is for those who can wait for it."""
+    """Switches off the check of contents, which would refuse them."""
     monkeypatch.setattr('fla_simple_gla._validation.check_contents', lambda *args: None, raising=False)
 
 
@@ -53,7 +78,7 @@ def moved(bounds, T):
 
 
 def dim(dtype):
-    """Of the kernels for Hopper in bf16."""
+    """A dimension for which the kernels for Hopper are taken in bf16."""
     return 16 if dtype == torch.float32 else 64
 
 
@@ -62,7 +87,7 @@ def case_of(mode, T, bounds, dtype=torch.float32, **options):
 
 
 def expected_of(case, inputs):
-    """The results of naive, where the bounds do not decrease."""
+    """The results of naive for bounds that do not decrease."""
     first, *others = moved(case.cu_seqlens, case.T)
     by_token = {name: inputs[name][:, first:] for name in ('q', 'k', 'v', 'g', 'do') if inputs[name] is not None}
     bounds = 0, *(bound - first for bound in others)
@@ -74,7 +99,7 @@ def expected_of(case, inputs):
 
 
 def check_bounds(mode, case, inputs, results):
-    """Against naive; in bf16, in which few tokens can have any error, the bits of a call with the bounds moved."""
+    """Compares with naive. In bf16 the error of few tokens varies: a call with moved bounds gives the same bits."""
     if case.dtype == torch.float32:
         check(case, results, expected_of(case, inputs))
     else:
@@ -97,7 +122,7 @@ def check_zeros(case, results):
 
 
 def check_empty(case, inputs, results):
-    """Sequences without tokens end as they begin."""
+    """The final state of a sequence without tokens is its initial state."""
     if not case.initial_state:
         return
     bounds = moved(case.cu_seqlens, case.T)
@@ -108,7 +133,9 @@ def check_empty(case, inputs, results):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('T, bounds', SORTED + SORTED32)
+@pytest.mark.parametrize(
+    'T, bounds', [*slow_rows(SORTED[:1]), *SORTED[1:3], *slow_rows(SORTED[3:]), *slow_rows(SORTED32)]
+)
 @pytest.mark.parametrize('mode', DIFFERENT)
 def test_bounds_outside_of_the_batch(mode, T, bounds, dtype):
     narrow = (T, bounds) in SORTED32
@@ -118,7 +145,7 @@ def test_bounds_outside_of_the_batch(mode, T, bounds, dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('T, bounds', LONG if GPU else LONG[:3])
+@pytest.mark.parametrize('T, bounds', LONG if GPU else slow_rows(LONG[:3]))
 @pytest.mark.parametrize('mode', [*MODES] if GPU else ['segments'])
 def test_bounds_of_several_segments(mode, T, bounds, dtype):
     for gate in ('g', None):
@@ -127,7 +154,7 @@ def test_bounds_of_several_segments(mode, T, bounds, dtype):
         check_bounds(mode, case, inputs, run(MODES[mode], case, inputs))
 
 
-@pytest.mark.parametrize('T, bounds', [SORTED[1], SORTED[2], SORTED[3]])
+@pytest.mark.parametrize('T, bounds', [SORTED[1], *slow_rows(SORTED[2:4])])
 def test_backwards(T, bounds):
     case = case_of('fused_recurrent', T, bounds, reverse=True, state_v_first=True)
     inputs = make_inputs(case)
@@ -137,7 +164,7 @@ def test_backwards(T, bounds):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('T, bounds, whole', DECREASING)
+@pytest.mark.parametrize('T, bounds, whole', [DECREASING[0], *slow_rows(DECREASING[1:])])
 @pytest.mark.parametrize('mode', DIFFERENT)
 def test_bounds_that_decrease(mode, T, bounds, whole, dtype):
     case = case_of(mode, T, bounds, dtype=dtype)
@@ -147,11 +174,13 @@ def test_bounds_that_decrease(mode, T, bounds, whole, dtype):
     check_zeros(case, results)
     check_empty(case, inputs, results)
     for n in whole:
-        # its final state depends on what other sequences do not write
+        # Other sequences do not write what its final state depends on.
         if case.output_final_state:
             bos, eos = moved(bounds, T)[n : n + 2]
             alone = dataclasses.replace(case, T=eos - bos, cu_seqlens=(0, eos - bos))
-            of_sequence = {name: x[:, bos:eos] if name in ('q', 'k', 'v', 'g', 'do') else x for name, x in inputs.items()}
+            of_sequence = {
+                name: x[:, bos:eos] if name in ('q', 'k', 'v', 'g', 'do') else x for name, x in inputs.items()
+            }
             for name in ('initial_state', 'dht'):
                 of_sequence[name] = inputs[name][n : n + 1]
             expected = reference(alone, of_sequence)
@@ -159,7 +188,9 @@ def test_bounds_that_decrease(mode, T, bounds, whole, dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('T, bounds', LONG_DECREASING if GPU else LONG_DECREASING[:4])
+@pytest.mark.parametrize(
+    'T, bounds', LONG_DECREASING if GPU else [LONG_DECREASING[0], *slow_rows(LONG_DECREASING[1:4])]
+)
 @pytest.mark.parametrize('mode', [*MODES] if GPU else ['segments'])
 def test_bounds_that_decrease_by_several_segments(mode, T, bounds, dtype):
     case = case_of(mode, T, bounds, dtype=dtype)
@@ -171,16 +202,18 @@ def test_bounds_that_decrease_by_several_segments(mode, T, bounds, dtype):
     check_empty(case, inputs, results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('T, bounds', LONG_DECREASING[:1])
 def test_anchor_blocks_that_segments_left_out(T, bounds, dtype, monkeypatch):
-    """Of which a search among the larger blocks knows nothing."""
+    """A search among the larger blocks does not find these blocks."""
     monkeypatch.setattr('fla_simple_gla.fused_chunk.anchor_tokens', lambda *_: 384)
     launch_by_triton(monkeypatch)
     results = run(MODES['segments'], case_of('segments', T, bounds, dtype=dtype))
     assert results['dg'].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('mode', DIFFERENT)
 def test_any_bounds(mode, dtype):
@@ -191,7 +224,9 @@ def test_any_bounds(mode, dtype):
         bounds = [generator.randint(-T, 2 * T) for _ in range(N + 1)]
         if i % 2:
             bounds.sort()
-        case = case_of(mode, T, tuple(bounds), dtype=dtype, cu_dtype=(torch.int32, torch.int64)[i // 2 % 2], H=1, seed=i)
+        case = case_of(
+            mode, T, tuple(bounds), dtype=dtype, cu_dtype=(torch.int32, torch.int64)[i // 2 % 2], H=1, seed=i
+        )
         inputs = make_inputs(case)
         results = run(MODES[mode], case, inputs)
         for name, x in results.items():
@@ -205,7 +240,7 @@ def test_any_bounds(mode, dtype):
 
 
 def surrounded(x, around, dim=0):
-    """x in the middle of a larger tensor, and that."""
+    """A copy of x in the middle of a larger tensor, and that tensor."""
     shape = list(x.shape)
     shape[dim] += 8
     whole = torch.full(shape, around, dtype=x.dtype, device=x.device)
@@ -215,7 +250,10 @@ def surrounded(x, around, dim=0):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('T, bounds', [SORTED[0], SORTED[1], SORTED[2], SORTED[7], *([LONG[0], LONG[1]] if GPU else LONG[:1])])
+@pytest.mark.parametrize(
+    'T, bounds',
+    [SORTED[0], *slow_rows(SORTED[1:3]), *slow_rows(SORTED[7:8]), *slow_rows(LONG[:2] if GPU else LONG[:1])],
+)
 @pytest.mark.parametrize('mode', DIFFERENT)
 def test_nothing_beside_the_inputs_is_read(mode, T, bounds, dtype):
     if T > 100 and mode != 'segments' and not GPU:
@@ -241,21 +279,31 @@ def pool_call(mode, inputs, pool, indices, bounds=None, **options):
     cu_seqlens = None if bounds is None else surrounded(torch.tensor(bounds, device=DEVICE), 3)[0]
     with torch.no_grad(), poisoned_memory():
         o, same = MODES[mode](
-            *(inputs[name] for name in ('q', 'k', 'v', 'g')), initial_state=pool, state_indices=indices, cu_seqlens=cu_seqlens, **options,
+            *(inputs[name] for name in ('q', 'k', 'v', 'g')),
+            initial_state=pool,
+            state_indices=indices,
+            cu_seqlens=cu_seqlens,
+            **options,
         )
     assert same is pool
     return o
 
 
-POOL_BOUNDS = [(32, None), (32, (4, 9, 14, 21, 21, 60)), (32, (0, 20, 12, 20, 30, 32)), (300, (140, 290, 290, 291, 200, 301))]
+POOL_INDICES = [(9, 2, 14, -1, -7), (3, 2**40, -(2**40), 2**32 + 1, 1), (MAX64, -MAX64 - 1, 9, 0, 8)]
+POOL_BOUNDS = [
+    (32, None),
+    (32, (4, 9, 14, 21, 21, 60)),
+    (32, (0, 20, 12, 20, 30, 32)),
+    (300, (140, 290, 290, 291, 200, 301)),
+]
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('indices', [(9, 2, 14, -1, -7), (3, 2**40, -(2**40), 2**32 + 1, 1), (MAX64, -MAX64 - 1, 9, 0, 8)], ids=str)
-@pytest.mark.parametrize('T, bounds', POOL_BOUNDS)
+@pytest.mark.parametrize('indices', mark_slow(POOL_INDICES, *POOL_INDICES[1:]), ids=str)
+@pytest.mark.parametrize('T, bounds', [*POOL_BOUNDS[:3], *slow_rows(POOL_BOUNDS[3:])])
 @pytest.mark.parametrize('mode', STATEFUL)
 def test_indices_outside_of_the_pool(mode, T, bounds, indices, dtype):
-    """They are padding, as -1 is; the slots around the pool, and the indices around these, are not read."""
+    """They are padding, as -1 is. What lies around the pool and around the indices is not read."""
     if T > 100 and mode != 'segments' and not GPU:
         pytest.skip('takes long in the interpreter')
     P = 9
@@ -271,7 +319,7 @@ def test_indices_outside_of_the_pool(mode, T, bounds, indices, dtype):
     expected = pool_call(mode, inputs, twin, torch.tensor(padding, device=DEVICE), bounds)
     decreases = bounds is not None and any(a > b for a, b in itertools.pairwise(bounds))
     assert o.isfinite().all() and pool.isfinite().all()
-    if not decreases or not GPU:  # else sequences share tokens, and which writes last is open
+    if not decreases or not GPU:  # otherwise sequences share tokens, and any of them may write last
         assert torch.equal(o, expected)
         assert torch.equal(pool, twin)
     rest = [n for n in range(P) if n not in padding]
@@ -293,7 +341,7 @@ def test_a_pool_without_slots(mode):
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_states_after_tokens_in_no_sequence(reverse):
-    """Of these the buffer stays as it was."""
+    """The buffer is not written for tokens in no sequence."""
     bounds = (5, 9, 9, 20, 14, 25)
     case = Case(32, cu_seqlens=bounds, reverse=reverse)
     inputs = make_inputs(case)
@@ -330,9 +378,15 @@ def test_what_the_check_lets_pass(kind):
         ({'cu_seqlens': [0, 20, 12, 3]}, 'cu_seqlens must never decrease, got 20 and then 12 at index 2'),
         ({'cu_seqlens': [0, 10, 40]}, 'cu_seqlens must not end beyond the 32 tokens, got 40'),
         ({'cu_seqlens': [0, 2**40]}, f'cu_seqlens must not end beyond the 32 tokens, got {2**40}'),
-        ({'cu_seqlens_cpu': [0, 10, 21, 32]}, 'cu_seqlens_cpu must equal cu_seqlens, got 21 at index 2 where that has 20'),
+        (
+            {'cu_seqlens_cpu': [0, 10, 21, 32]},
+            'cu_seqlens_cpu must equal cu_seqlens, got 21 at index 2 where that has 20',
+        ),
         ({'state_indices': [0, 9, 10]}, 'state_indices must be below the 9 slots of the pool, got 9 at index 1'),
-        ({'state_indices': [0, -1, 2**40]}, f'state_indices must be below the 9 slots of the pool, got {2**40} at index 2'),
+        (
+            {'state_indices': [0, -1, 2**40]},
+            f'state_indices must be below the 9 slots of the pool, got {2**40} at index 2',
+        ),
         ({'state_indices': [4, -1, 4]}, 'state_indices must not name a slot twice, got 4 at index 0 and at index 2'),
         ({'state_indices': [8, 8, 8]}, 'state_indices must not name a slot twice, got 8 at index 0 and at index 1'),
     ],
@@ -341,7 +395,10 @@ def test_what_the_check_refuses(change, message):
     given = {'cu_seqlens': [0, 10, 20, 32], 'cu_seqlens_cpu': [0, 10, 20, 32], 'state_indices': [0, -1, 8]} | change
     if 'cu_seqlens' in change:
         given['cu_seqlens_cpu'] = None
-    given = {name: None if x is None else torch.tensor(x, device='cpu' if name.endswith('cpu') else DEVICE) for name, x in given.items()}
+    given = {
+        name: None if x is None else torch.tensor(x, device='cpu' if name.endswith('cpu') else DEVICE)
+        for name, x in given.items()
+    }
     with pytest.raises(ValueError) as raised:
         check_contents(**given, T=32, P=9)
     assert str(raised.value) == message

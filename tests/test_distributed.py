@@ -1,4 +1,4 @@
-"""A model whose heads or parameters are spread over two processes computes what it computes in one: on the CPU, over gloo.
+"""A model computes the same with its heads or parameters on two processes as on one: on the CPU, over gloo.
 
 This file is also what those processes run: each compares its part with the same computation in one piece.
 """
@@ -21,7 +21,8 @@ from torch import nn
 from fla_simple_gla import chunk_simple_gla
 
 pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='needs torch.distributed with gloo'
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason='needs torch.distributed with gloo',
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,17 +32,17 @@ WIDTH, HEADS, D = 48, 4, 12
 
 
 class SimpleGLA(nn.Module):
-    """The layer of the README with a projection for each of q, k and v, from whose sizes follows how many heads there are."""
+    """The layer of the README with projections for q, k and v. Their sizes give the number of heads."""
 
     def __init__(self, heads_of_q=HEADS):
         super().__init__()
         self.q, self.k = nn.Linear(WIDTH, heads_of_q * D, bias=False), nn.Linear(WIDTH, heads_of_q * D, bias=False)
         self.v, self.gate = nn.Linear(WIDTH, HEADS * D, bias=False), nn.Linear(WIDTH, HEADS)
-        nn.init.normal_(self.gate.bias, 3.0)  # a different memory for each head
+        nn.init.normal_(self.gate.bias, 3.0)  # each head has a different memory
         self.out = nn.Linear(HEADS * D, WIDTH, bias=False)
 
     def forward(self, x):
-        """The outputs, and the state behind the last token."""
+        """The outputs, and the state after the last token."""
         q, k, v = (projection(x).unflatten(-1, (-1, D)) for projection in (self.q, self.k, self.v))
         o, state = chunk_simple_gla(q, k, v, F.logsigmoid(self.gate(x).float()), output_final_state=True)
         return self.out(o.flatten(2)), state
@@ -63,8 +64,8 @@ def assert_close(what, found, expected):
 
 
 def tensor_parallel(rank, heads_of_q):
-    """Each rank has some of the heads, and the rows and columns of the projections that are theirs."""
-    # imported by the ranks alone: not every build of PyTorch has them
+    """Each rank has some of the heads, with their rows and columns of the projections."""
+    # Only the ranks import these: not every build of PyTorch has them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -94,7 +95,7 @@ def tensor_parallel(rank, heads_of_q):
 
 
 def fully_sharded(rank, compiled):
-    """FSDP: each rank keeps a part of every parameter, and trains on sequences of its own; in one piece, on the sequences of all."""
+    """FSDP: each rank has a part of every parameter, and its own sequences. One process has the sequences of all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -105,7 +106,7 @@ def fully_sharded(rank, compiled):
     mesh = init_device_mesh('cpu', (RANKS,))
     sharded = fully_shard(nn.Sequential(*(fully_shard(block, mesh=mesh) for block in blocks)), mesh=mesh)
     for block in sharded:
-        block.set_force_sum_reduction_for_comms(True)  # asked to average, gloo sums with torch 2.8, and says nothing
+        block.set_force_sum_reduction_for_comms(True)  # with torch 2.8 gloo sums when it should average
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (whole, sharded)]
     parameters = [(name, p, e) for (name, e), p in zip(whole.named_parameters(), sharded.parameters(), strict=True)]
 
@@ -129,7 +130,7 @@ def fully_sharded(rank, compiled):
             optimizer.step()
             optimizer.zero_grad()
         for name, p, e in parameters:
-            assert_close(f'{name} behind step {step}', p.detach().full_tensor(), e.detach())
+            assert_close(f'{name} after step {step}', p.detach().full_tensor(), e.detach())
     assert losses[-1] < 0.9 * losses[0], losses
 
 
@@ -141,9 +142,10 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('check', CHECKS)
 def test_as_in_one_process(check, tmp_path):
-    # without the interpreter and without GPUs: the CPU path
+    # Without the interpreter and without GPUs the calls take the CPU path.
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     environment |= {'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
     logs = [tmp_path / f'rank{rank}' for rank in range(RANKS)]
@@ -154,10 +156,10 @@ def test_as_in_one_process(check, tmp_path):
             command = [sys.executable, __file__, check, str(rank), str(tmp_path / 'rendezvous')]
             with log.open('w') as file:
                 processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
-        # one that fails ends the other, whose connection breaks
+        # If one process fails, the connection of the other breaks, and it ends too.
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
-        codes = [process.poll() for process in processes]  # None: not ended in time
+        codes = [process.poll() for process in processes]  # None if it has not ended in time
     finally:
         for process in processes:
             process.kill()
@@ -168,9 +170,11 @@ def test_as_in_one_process(check, tmp_path):
 
 def run_rank(check, rank, rendezvous):
     torch.set_num_threads(1)
-    # shorter than what the rank itself is given, so that one that waits in vain can say what for
+    # It is shorter than the time of a rank, so that a rank which waits in vain can still report that.
     timeout = datetime.timedelta(seconds=TIMEOUT / 2)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=RANKS, timeout=timeout)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=RANKS, timeout=timeout
+    )
     torch.manual_seed(0)
     CHECKS[check](rank)
     torch.distributed.destroy_process_group()
@@ -178,7 +182,7 @@ def run_rank(check, rank, rendezvous):
 
 if __name__ == '__main__':
     run_rank(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-    # Not the usual exit: a thread of gloo that lets go of its last work while Python shuts down aborts the process.
+    # The usual exit may abort: a thread of gloo may free its last work while Python shuts down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -15,11 +15,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def run(*options, script='train_lm.py'):
     command = [sys.executable, str(ROOT / 'examples' / script), *map(str, options)]
-    # without a GPU, the CPU path and not the interpreter
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {'PYTHONPATH': str(ROOT)}
+    # Without a GPU the examples take the CPU path, not the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {
+        'PYTHONPATH': str(ROOT)
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_trains_and_generates(tmp_path):
     text, model = tmp_path / 'text', tmp_path / 'model'
     text.write_text('to be, or not to be: that is the question.\n' * 400)
@@ -30,7 +33,8 @@ def test_trains_and_generates(tmp_path):
     assert losses[-1] < 0.7 * losses[0], result.stdout
     assert 'largest difference between the logits of training and of decoding' in result.stdout
 
-    # more conversations than slots, and more of these than rows in a step; it compares with each on its own
+    # There are more conversations than slots, and more slots than rows in a step.
+    # The example compares each conversation with the same one alone.
     counts = ('--conversations', 5, '--slots', 3, '--batch', 2, '--generate', 12)
     result = run('--model', model, *counts, script='generate.py')
     assert result.returncode == 0, result.stderr
@@ -38,6 +42,7 @@ def test_trains_and_generates(tmp_path):
     assert 'each writes the same when it is alone' in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content', [None, b''])
 def test_refuses_a_missing_or_empty_file(tmp_path, content):
     file = tmp_path / 'file'
@@ -49,15 +54,15 @@ def test_refuses_a_missing_or_empty_file(tmp_path, content):
 
 
 def test_refuses_a_file_that_is_no_model(tmp_path):
-    """Whatever bytes are in it."""
+    """Any bytes are refused."""
     generator = random.Random(0)
     contents = [generator.randbytes(n) for n in (1, 10, 1000)]
     contents += [b'\x80\x04' + generator.randbytes(50), b'PK\x03\x04' + bytes(30), b'text\n']
     files = [tmp_path / f'file{i}' for i in range(len(contents))]
     for file, content in zip(files, contents):
         file.write_bytes(content)
-    code = 'import sys, generate, pathlib\nfor file in sys.argv[1:]:\n    try:\n        generate.load(pathlib.Path(file), "cpu")\n'
-    code += '    except SystemExit as error:\n        print(error)\n'
+    code = 'import sys, generate, pathlib\nfor file in sys.argv[1:]:\n    try:\n'
+    code += '        generate.load(pathlib.Path(file), "cpu")\n    except SystemExit as error:\n        print(error)\n'
     environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}'}
     command = [sys.executable, '-c', code, *map(str, [*files, tmp_path])]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -68,8 +73,11 @@ def test_refuses_a_file_that_is_no_model(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+@pytest.mark.slow
 @pytest.mark.parametrize('script', ['accuracy.py', 'compiled.py', 'decode.py', 'host.py', 'run.py', 'shapes.py'])
 def test_benchmarks_say_that_they_need_a_gpu(script):
     command = [sys.executable, str(ROOT / 'benchmarks' / script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)}
+    )
     assert result.returncode == 1 and result.stderr == 'needs a CUDA GPU\n'

@@ -1,14 +1,14 @@
-"""Calls that a CUDA graph replays, with other contents in the same tensors."""
+"""CUDA graphs: a replay computes what the same tensors now contain."""
 
 import dataclasses
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, Case, make_inputs, reference, rms_error
+from harness import DEVICE, MODES, Case, make_inputs, needs_gpu, reference, rms_error
 
 from fla_simple_gla import naive_recurrent_simple_gla
 
-pytestmark = pytest.mark.skipif(not GPU, reason='needs CUDA graphs')
+pytestmark = needs_gpu
 
 SLOTS = 12
 CASES = [
@@ -23,11 +23,13 @@ INDICES = [(3, 0, 7, 1), (-1, 5, -1, 4), (11, 3, -1, 2)]
 
 
 def pooled(mode, case):
-    """The call, and its tensors by name; those of a pool of states among them."""
+    """A call with a pool of states, and its tensors by name."""
     inputs = make_inputs(case)
     tensors = {name: inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma') if inputs[name] is not None}
     shape = (SLOTS, case.H, case.V, case.K) if case.state_v_first else (SLOTS, case.H, case.K, case.V)
-    tensors['initial_state'] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, case.state_dtype)
+    tensors['initial_state'] = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE, case.state_dtype
+    )
     tensors['state_indices'] = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
     if case.cu_seqlens is not None:
         tensors['cu_seqlens'] = torch.tensor(case.cu_seqlens, device=DEVICE)
@@ -40,7 +42,7 @@ def pooled(mode, case):
 
 
 def captured(call, tensors):
-    """The graph of a call, and where it leaves o. The call is made once before, which compiles it."""
+    """The graph of a call, and its o. The call is made once before, which compiles the kernels."""
     call(**tensors)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -50,7 +52,7 @@ def captured(call, tensors):
 
 @pytest.mark.parametrize('mode, case', [pytest.param(mode, case, id=f'{mode}-{case}') for mode, case in CASES])
 def test_slots_and_tokens_change_between_replays(mode, case):
-    """The same bits as eager calls, which go before and between."""
+    """Replays give the bits of eager calls, which are made before and between them."""
     call, tensors = pooled(mode, case)
     eager_pool = tensors['initial_state'].clone()
     graph, o = captured(call, tensors)
@@ -76,7 +78,7 @@ def test_no_call_waits_for_the_gpu(mode, case):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     after = torch.cuda.memory_stats()
-    if mode == 'fused_recurrent':  # nothing but its output
+    if mode == 'fused_recurrent':  # it allocates only its output
         assert after['allocation.all.allocated'] - before['allocation.all.allocated'] == 1
         assert after['requested_bytes.all.allocated'] - before['requested_bytes.all.allocated'] == o.nbytes
 
@@ -86,12 +88,12 @@ TRAINING = [
     *((mode, Case(500, cu_seqlens=(0, 200, 200, 417, 480), K=64, V=64, dtype=torch.bfloat16)) for mode in MODES),
     ('chunk', Case(5000, K=256, V=128, dtype=torch.bfloat16)), ('chunk', Case(300, K=24, V=40, gate='gamma')),
 ]  # fmt: skip
-# of packed sequences: as many numbers, up to as many tokens
+# Bounds of packed sequences that replace those of a case, as many and with at most as many tokens.
 BOUNDS = [(0, 1, 2, 3, 500), (0, 0, 0, 0, 0), (0, 64, 300, 301, 411)]
 
 
 def train(mode, case, tensors):
-    """o and the final state, and all gradients."""
+    """o, the final state if there is one, and all gradients."""
     leaves = [tensors[name] for name in ('q', 'k', 'v', 'g', 'g_gamma', 'initial_state') if name in tensors]
     options = {'output_final_state': True} if case.output_final_state else {}
     named = {name: x for name, x in tensors.items() if name not in ('do', 'dht')}
@@ -118,9 +120,11 @@ def change(n, case, tensors):
             tensors['cu_seqlens'].copy_(torch.tensor(BOUNDS[n]))
 
 
-@pytest.mark.parametrize('mode, case', [pytest.param(mode, case.of(mode), id=f'{mode}-{case}') for mode, case in TRAINING])
+@pytest.mark.parametrize(
+    'mode, case', [pytest.param(mode, case.of(mode), id=f'{mode}-{case}') for mode, case in TRAINING]
+)
 def test_training_step(mode, case):
-    """Forward and backward of other contents, packed sequences of other lengths among them, give the bits of eager calls."""
+    """Replays of forward and backward give the bits of eager calls, for other lengths of packed sequences too."""
     tensors = training_inputs(case)
     train(mode, case, tensors)
     graph = torch.cuda.CUDAGraph()
@@ -138,8 +142,8 @@ def test_training_step(mode, case):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_first_call_in_a_capture(mode):
-    """Kernels are compiled, loaded and recorded there, and launched when the graph is."""
-    K = 72 + 8 * list(MODES).index(mode)  # dims that no other test of the mode has
+    """Kernels are compiled, loaded and recorded during the capture. The graph launches them."""
+    K = 72 + 8 * list(MODES).index(mode)  # no other test of the mode has this dimension
     case = Case(300, H=2, K=K, V=104, dtype=torch.bfloat16).of(mode)
     tensors = training_inputs(case)
     graph = torch.cuda.CUDAGraph()
@@ -152,7 +156,7 @@ def test_first_call_in_a_capture(mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_graphed_callable(mode):
-    """A module whose forward and backward PyTorch has captured, against naive."""
+    """PyTorch captures forward and backward of a module. Its results are those of naive."""
     case = Case(200, H=2, K=64, V=64, initial_state=False, output_final_state=False)
 
     class Layer(torch.nn.Module):
@@ -174,13 +178,15 @@ def test_graphed_callable(mode):
 
 
 def test_a_hundred_thousand_steps():
-    """Memory constant to the byte, the states finite, and the last tokens those of naive in fp64 from the states before them."""
+    """The memory stays the same to the byte, the states stay finite, and the last tokens agree with naive in fp64."""
     steps, last = 100_000, 64
     case = Case(1, B=8, H=4, K=64, V=64, dtype=torch.bfloat16)
     call, tensors = pooled('fused_recurrent', case)
     names = 'q', 'k', 'v', 'g'
-    # tokens to come, one of which a step takes; their number is no divisor of anything here
-    banks = {name: make_inputs(Case(case.B * 97, H=4, K=64, V=64, dtype=torch.bfloat16, seed=1))[name] for name in names}
+    # Each step takes one of these tokens. Their number divides no other number here.
+    banks = {
+        name: make_inputs(Case(case.B * 97, H=4, K=64, V=64, dtype=torch.bfloat16, seed=1))[name] for name in names
+    }
     banks = {name: x.view(97, case.B, 1, *x.shape[2:]) for name, x in banks.items()}
     tensors['state_indices'] = torch.tensor([3, 0, 7, -1, 1, 11, 9, 2], dtype=torch.int32, device=DEVICE)
     step = torch.zeros(1, dtype=torch.long, device=DEVICE)
@@ -200,7 +206,12 @@ def test_a_hundred_thousand_steps():
         graph.replay()
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
-    for name in ('allocated_bytes.all.current', 'allocated_bytes.all.peak', 'reserved_bytes.all.current', 'allocation.all.allocated'):
+    for name in (
+        'allocated_bytes.all.current',
+        'allocated_bytes.all.peak',
+        'reserved_bytes.all.current',
+        'allocation.all.allocated',
+    ):
         assert before[name] == after[name], name
     assert pool.isfinite().all()
 

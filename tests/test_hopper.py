@@ -7,14 +7,13 @@ import pytest
 import torch
 from harness import DEVICE, GPU, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
 
-from fla_simple_gla import chunk, fused_chunk, parallel
+from fla_simple_gla import chunk, fused_chunk, hopper, parallel
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._gates import anchor_tokens
 from fla_simple_gla._layout import is_hopper
 from fla_simple_gla._plans import Inputs, Options, Plan
 from fla_simple_gla._triton import why_not
-from fla_simple_gla.fused_chunk import hopper_for, hopper_module, why_no_hopper_sweeps
-from fla_simple_gla.parallel import hopper_for as walks_for
+from fla_simple_gla.hopper import Sweeps, attention_for, sweeps_for, sweeps_of, takes, why_no_sweeps
 
 HALF = torch.bfloat16 if GPU else torch.float16
 D = 64 if GPU else 16
@@ -36,24 +35,24 @@ def hopper_switch(monkeypatch):
             monkeypatch.setenv('FLA_SIMPLE_GLA_HOPPER', value)
         for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._passes.records', 'harness.PLANS'):
             monkeypatch.setattr(caches, Cache(1000))
-        hopper_module.cache_clear()
+        sweeps_of.cache_clear()
 
     yield switch
-    hopper_module.cache_clear()
+    sweeps_of.cache_clear()
 
 
 @on_hopper
 def test_what_the_sweeps_for_hopper_take(hopper_switch):
     def module_for(**change):
         case = Case(**dict(T=200, K=64, V=64, dtype=HALF) | change)
-        module = hopper_for(*qkv(make_inputs(case)))
-        return module and module.__name__.split('.')[-1]
+        sweeps = sweeps_for(*qkv(make_inputs(case)))
+        return sweeps and sweeps.sweep.__module__.split('.')[-1]
 
     hopper_switch(None)
-    assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'_hopper'}
+    assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'sweep'}
     if why_not('wide') is None:
-        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'_hopper_wide'}
-    assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == '_hopper'
+        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'wide'}
+    assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == 'sweep'
     others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
     assert [module_for(**change) for change in others] == [None] * len(others)
     hopper_switch('0')
@@ -61,10 +60,10 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch):
 
 
 @on_hopper
-def test_what_the_walks_for_hopper_take(hopper_switch):
+def test_what_the_attention_for_hopper_takes(hopper_switch):
     hopper_switch(None)
     for K, taken in ((64, True), (128, True), (256, False)):
-        assert (walks_for(*qkv(make_inputs(Case(200, K=K, V=K, dtype=HALF)))) is not None) == taken
+        assert (attention_for(*qkv(make_inputs(Case(200, K=K, V=K, dtype=HALF)))) is not None) == taken
 
 
 @on_hopper
@@ -72,14 +71,15 @@ def test_modes_take_the_sweeps_for_hopper_unless_they_are_switched_off(hopper_sw
     hopper_switch(None)
     launch_by_triton(monkeypatch)
     case = Case(200, K=64, V=64, dtype=HALF)
-    module = hopper_for(*qkv(make_inputs(case)))
-    calls = mock.Mock(**{f'{name}.side_effect': getattr(module, name) for name in ('sweep', 'reverse_sweep')})
-    for name in ('sweep', 'reverse_sweep'):
-        monkeypatch.setattr(module, name, getattr(calls, name))
+    sweeps = sweeps_for(*qkv(make_inputs(case)))
+    calls = mock.Mock(**{f'{name}.side_effect': getattr(sweeps, name) for name in ('sweep', 'reverse_sweep')})
+    watched = sweeps._replace(sweep=calls.sweep, reverse_sweep=calls.reverse_sweep)
+    monkeypatch.setattr(hopper, 'sweeps_of', lambda *_: watched)
     for mode in ('chunk', 'segments', 'fused_chunk'):
         calls.reset_mock()
         run(MODES[mode], case)
         assert [name for name, *_ in calls.mock_calls] == ['sweep', 'sweep', 'reverse_sweep']
+    monkeypatch.setattr(hopper, 'sweeps_of', sweeps_of)
     hopper_switch('0')
     calls.reset_mock()
     run(MODES['chunk'], case)
@@ -107,12 +107,12 @@ GRADIENTS = {'mean': mean, 'odd rows': lambda do: place(do, 'odd'), 'odd address
 def test_gradients_that_the_kernels_for_hopper_cannot_read_are_copied(mode, dim, layout, hopper_switch, monkeypatch):
     """The plain kernels would read them, but take twice as long."""
     hopper_switch(None)
-    if reason := why_no_hopper_sweeps(dim, dim, HALF, torch.device(DEVICE, 0)):
+    if reason := why_no_sweeps(dim, dim, HALF, torch.device(DEVICE, 0)):
         pytest.skip(reason)
     case = Case(200, K=dim, V=dim, dtype=HALF).of(mode)
     inputs = make_inputs(case)
     inputs['do'] = GRADIENTS[layout](inputs['do'])
-    assert hopper_for(*qkv(inputs)) is not None and hopper_for(*qkv(inputs), inputs['do']) is None
+    assert sweeps_for(*qkv(inputs)) is not None and sweeps_for(*qkv(inputs), inputs['do']) is None
     expected = reference(case, inputs)
     with monkeypatch.context() as patch:
         launch_by_triton(patch)
@@ -131,30 +131,30 @@ def test_gradients_that_the_kernels_for_hopper_cannot_read_are_copied(mode, dim,
 @pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'parallel'])
 def test_which_gradients_are_copied_for_the_kernels_for_hopper(mode, layout, monkeypatch):
     """Those that they take when they are copied, and no others. Without a GPU: the passes are not run."""
-    if reason := why_not('hopper'):
-        pytest.skip(reason)
-    from fla_simple_gla import _hopper
-
     module = {'chunk': chunk, 'fused_chunk': fused_chunk, 'parallel': parallel}[mode]
     inputs = make_inputs(Case(20, K=64, V=64, dtype=HALF))
     do = GRADIENTS[layout](inputs['do']) if layout in GRADIENTS else inputs['do']
     passes = mock.Mock(return_value=[None] * 5)
     monkeypatch.setattr(module, 'backward_pass', passes)
     place_of_do = {'chunk': 10, 'fused_chunk': 9, 'parallel': 11}[mode]
-    for hopper in (_hopper, None):
-        monkeypatch.setattr(fused_chunk, 'hopper_module', lambda *_, hopper=hopper: hopper)
+    for sweeps in (Sweeps(None, None, None), None):
+        monkeypatch.setattr(hopper, 'sweeps_of', lambda *_, sweeps=sweeps: sweeps)
+        monkeypatch.setattr(chunk, 'sweeps_of', lambda *_, sweeps=sweeps: sweeps)
+        if mode == 'parallel':
+            taken = None if sweeps is None else mock.Mock()
+            monkeypatch.setattr(parallel, 'attention_for', lambda *_, taken=taken: taken)
         module.backward(Inputs(*qkv(inputs), None, None, None), (None, None), (do, None), None, Plan(Options(1.0)))
         found = passes.call_args.args[0][place_of_do]
         assert torch.equal(found, do)
-        assert (found is not do) == (hopper is not None and layout in GRADIENTS)
-        assert hopper is None or hopper.takes(found)
+        assert (found is not do) == (sweeps is not None and layout in GRADIENTS)
+        assert sweeps is None or takes(found)
 
 
-@pytest.mark.parametrize('hopper', [True, False])
+@pytest.mark.parametrize('on', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
-def test_sweeps_are_cut_alike_by_tma_and_by_pointers_and_both_ways(dtype, hopper, monkeypatch):
+def test_sweeps_are_cut_alike_by_tma_and_by_pointers_and_both_ways(dtype, on, monkeypatch):
     """One sum of gates is for all sweeps of a call, of states `[K, V]` and `[V, K]`, and memory for dg is laid out before rows are seen."""
-    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: hopper)
+    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: on)
     for K, V in itertools.product((1, 64, 100, 128, 200, 256, 300, 512), repeat=2):
         configs = [fused_chunk.sweep_config.__wrapped__(K, V, dtype, torch.device('cpu'), tma) for tma in (True, False)]
         turned = fused_chunk.sweep_config.__wrapped__(V, K, dtype, torch.device('cpu'))
@@ -168,6 +168,7 @@ def test_anchors_fit_into_segments():
     assert anchor_tokens(768, 256) == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
     """As in long segments, whose length no anchor block need divide."""

@@ -1,4 +1,4 @@
-"""What goes in: bad input is refused by name before anything is computed, and the package imports without triton."""
+"""Arguments: a bad one is named before anything is computed. Signatures, and the package without triton."""
 
 import inspect
 import os
@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import DEVICE, MODES, STATEFUL
+from harness import DEVICE, MODES, STATEFUL, D
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fla_simple_gla
@@ -31,12 +31,13 @@ STATE = zeros(2, 4, 8, 6)
 CU = torch.tensor([0, 2, 5], device=DEVICE)
 PACKED = {'q': zeros(1, 5, 2, 8), 'k': zeros(1, 5, 2, 8), 'v': zeros(1, 5, 4, 6), 'g': zeros(1, 5, 4), 'cu_seqlens': CU}
 
-# changes, the error, what it names
+# Changed arguments, the error, and its message.
 BAD = [
     ({'q': [[1.0]]}, TypeError, 'q must be a torch.Tensor, got list'),
     ({'v': zeros(2, 5, 4, 6, dtype=torch.int64)}, TypeError, 'v must be a floating-point tensor, got torch.int64'),
     ({'q': zeros(5, 2, 8)}, ValueError, r'q must have 4 dimensions .*\[5, 2, 8\]'),
-    ({'k': zeros(2, 5, 2, 8, dtype=torch.float16)}, TypeError, "k must have q's dtype torch.float32, got torch.float16"),
+    ({'k': zeros(2, 5, 2, 8, dtype=torch.float16)}, TypeError,
+     "k must have q's dtype torch.float32, got torch.float16"),
     ({'k': zeros(2, 5, 2, 9)}, ValueError, r"k must have q's shape \[2, 5, 2, 8\], got \[2, 5, 2, 9\]"),
     ({'v': zeros(2, 6, 4, 6)}, ValueError, r'v must have .* \(2, 5\), got shape \[2, 6, 4, 6\]'),
     ({'v': zeros(2, 5, 3, 6)}, ValueError, 'multiple of q.s 2 heads, at least one, got 3'),
@@ -57,24 +58,31 @@ BAD = [
     (PACKED | {'cu_seqlens': CU[:1]}, ValueError, r'cu_seqlens must have shape \[N \+ 1\] with N >= 1, got \[1\]'),
     (PACKED | {'cu_seqlens': CU[None]}, ValueError, 'cu_seqlens must have shape'),
     (PACKED | {'cu_seqlens': CU[::2]}, ValueError, 'cu_seqlens must be contiguous'),
-    (PACKED | {'cu_seqlens': CU.to_sparse()}, TypeError, r'cu_seqlens must be a dense .* got one of layout torch.sparse_coo'),
+    (PACKED | {'cu_seqlens': CU.to_sparse()}, TypeError,
+     r'cu_seqlens must be a dense .* got one of layout torch.sparse_coo'),
     ({'g': None, 'g_gamma': 0.25}, TypeError, 'g_gamma must be a torch.Tensor, got float'),
     ({'g_gamma': 0.25}, TypeError, 'g_gamma must be a torch.Tensor, got float'),
     ({'scale': float('nan')}, ValueError, 'scale must be finite, got nan'),
     ({'scale': -float('inf')}, ValueError, 'scale must be finite, got -inf'),
     ({'scale': True}, TypeError, 'scale must be a number or None, got bool'),
     *(
-        ({name: zeros(*arguments()[name].shape).to_sparse()}, TypeError, rf'{name} must be a dense \(strided\) tensor') for name in 'qkvg'
+        ({name: zeros(*arguments()[name].shape).to_sparse()}, TypeError, rf'{name} must be a dense \(strided\) tensor')
+        for name in 'qkvg'
     ),
     *(
-        ({name: torch.nested.nested_tensor([zeros(3, 2, 8), zeros(5, 2, 8)], layout=layout)}, TypeError, f'{name} is a nested.*cu_seqlens')
+        ({name: torch.nested.nested_tensor([zeros(3, 2, 8), zeros(5, 2, 8)], layout=layout)}, TypeError,
+         f'{name} is a nested.*cu_seqlens')
         for name in 'qkvg' for layout in (torch.strided, torch.jagged)
     ),
     ({'unknown': 1}, TypeError, 'unknown'),
 ]  # fmt: skip
 BAD_STATES = [
     ({'initial_state': STATE.mT}, ValueError, r'initial_state .* \[N, H, K, V\] = \[2, 4, 8, 6\], got \[2, 4, 6, 8\]'),
-    ({'initial_state': STATE, 'state_v_first': True}, ValueError, r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]'),
+    (
+        {'initial_state': STATE, 'state_v_first': True},
+        ValueError,
+        r'initial_state must have shape \[N, H, V, K\] = \[2, 4, 6, 8\]',
+    ),
     ({'initial_state': zeros(3, 4, 8, 6)}, ValueError, 'initial_state'),
     (PACKED | {'initial_state': STATE[:1]}, ValueError, r'= \[2, 4, 8, 6\], got \[1, 4, 8, 6\]'),
     ({'initial_state': STATE.to_sparse()}, TypeError, 'initial_state must be a dense'),
@@ -86,14 +94,19 @@ BAD_STATES = [
 ]
 BAD_COPIES = [
     (PACKED | {'cu_seqlens_cpu': [0, 2, 5]}, TypeError, 'cu_seqlens_cpu must be a torch.Tensor, got list'),
-    (PACKED | {'cu_seqlens_cpu': CU.cpu()[:2]}, ValueError, r'must be a copy of cu_seqlens \[3\] on the CPU, got shape \[2\]'),
+    (
+        PACKED | {'cu_seqlens_cpu': CU.cpu()[:2]},
+        ValueError,
+        r'must be a copy of cu_seqlens \[3\] on the CPU, got shape \[2\]',
+    ),
     ({'cu_seqlens_cpu': CU.cpu()}, ValueError, 'cu_seqlens_cpu is given without cu_seqlens'),
 ]
 if DEVICE == 'cuda':
     BAD += [
         ({'k': zeros(2, 5, 2, 8, device='cpu')}, ValueError, "k must be on q's device cuda:0, got cpu"),
         ({'g': zeros(2, 5, 4, device='cpu')}, ValueError, "g must be on q's device"),
-        ({name: zeros(2, 5, 2, 8, dtype=torch.float64) for name in 'qkv'}, TypeError, 'q must be bfloat16, float16 or float32'),
+        ({name: zeros(2, 5, 2, 8, dtype=torch.float64) for name in 'qkv'}, TypeError,
+         'q must be bfloat16, float16 or float32'),
         (PACKED | {'cu_seqlens': CU.cpu()}, ValueError, "cu_seqlens must be on q's device"),
     ]  # fmt: skip
 
@@ -126,7 +139,7 @@ BAD_OF_MODE = {
     [pytest.param(mode, *row, id=f'{mode}-{row[2]}') for mode, rows in BAD_OF_MODE.items() for row in rows],
 )
 def test_bad_input(mode, changes, error, message):
-    """The second time too, and beside good input that was let pass."""
+    """It is refused the second time too, and after calls with good input."""
     good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
     for change in ({}, {'scale': 1.0}, {'initial_state': STATE}):
         assert plan_for(Call(**good | change)) is plan_for(Call(**good | change))
@@ -136,7 +149,7 @@ def test_bad_input(mode, changes, error, message):
 
 
 def test_arguments_in_the_place_of_others():
-    """They are named as what they were taken for."""
+    """An error names the parameter that got the argument."""
     q, k, v, g = arguments().values()
     for mode in ('chunk', 'fused_chunk', 'fused_recurrent'):
         with pytest.raises(TypeError, match='g_gamma must be a torch.Tensor, got float'):
@@ -147,7 +160,7 @@ def test_arguments_in_the_place_of_others():
 
 @pytest.mark.parametrize('mode', STATEFUL)
 def test_none_is_false(mode):
-    """As some models pass it."""
+    """Some models pass None for a flag."""
     flags = dict.fromkeys(('output_final_state', 'state_v_first'))
     o, ht = MODES[mode](**arguments(), **flags)
     assert ht is None and torch.equal(o, MODES[mode](**arguments())[0])
@@ -179,7 +192,7 @@ def test_what_plans_depend_on():
 
 @pytest.mark.filterwarnings('error')
 def test_fake_tensors_are_checked_each_time():
-    """They have no memory to tell a layout from; PyTorch warns of looks at it."""
+    """They have no memory that tells a layout, and PyTorch warns if code asks for it."""
     with FakeTensorMode():
         good = arguments(g_gamma=None, scale=None, initial_state=None, cu_seqlens=None)
         assert plan_for(Call(**good)) is not plan_for(Call(**good)) and not plan_for(Call(**good)).cached
@@ -189,7 +202,7 @@ def test_fake_tensors_are_checked_each_time():
 
 @pytest.mark.parametrize('mode', MODES)
 def test_good_input(mode):
-    """What the bad inputs are changed from."""
+    """The arguments that the bad ones are made from are accepted."""
     o, ht = MODES[mode](**arguments())
     assert o.shape == (2, 5, 4, 6) and ht is None
     assert MODES[mode](**arguments(**PACKED))[0].shape == (1, 5, 4, 6)
@@ -198,6 +211,19 @@ def test_good_input(mode):
         assert ht.shape == STATE.shape
     if mode in ('chunk', 'parallel'):
         assert MODES[mode](**arguments(**PACKED), cu_seqlens_cpu=CU.cpu())[0].shape == (1, 5, 4, 6)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_no_tokens_and_no_batch(mode):
+    options = {'output_final_state': True} if mode in STATEFUL else {}
+    for B, T in ((0, 5), (0, 300), (2, 0)):
+        q = torch.zeros(B, T, 2, D, device=DEVICE, requires_grad=True)
+        g = torch.zeros(B, T, 2, device=DEVICE, requires_grad=True)
+        o, ht = MODES[mode](q, q, q, g, **options)
+        assert o.shape == q.shape
+        if mode in STATEFUL:
+            assert ht.shape == (B, 2, D, D) and (ht == 0).all()
+        torch.autograd.grad(o.sum(), [q, g])
 
 
 @pytest.mark.parametrize('interpret', [True, False], ids=['kernels', 'CPU path'])
@@ -212,7 +238,7 @@ def test_chunk_size_changes_only_rounding(interpret, monkeypatch):
 
 
 def test_signatures():
-    """Names, order, kinds and defaults of fla-core 0.6.0, with what is ours behind them."""
+    """Names, order, kinds and defaults are those of fla-core 0.6.0. Our own parameters come after them."""
     states = {'initial_state': None, 'output_final_state': False}
     common = {'q': EMPTY, 'k': EMPTY, 'v': EMPTY, 'g': None}
     packed = {'cu_seqlens': None, 'cu_seqlens_cpu': None}
@@ -225,7 +251,8 @@ def test_signatures():
     }  # fmt: skip
     ours = {
         'chunk': {'chunk_size', 'state_indices'}, 'fused_chunk': {'state_v_first', 'state_indices'},
-        'fused_recurrent': {'state_indices', 'intermediate_states_buffer', 'transpose_state_layout'}, 'parallel': {'g_gamma'},
+        'fused_recurrent': {'state_indices', 'intermediate_states_buffer', 'transpose_state_layout'},
+        'parallel': {'g_gamma'},
     }  # fmt: skip
     for mode, theirs in expected.items():
         parameters = inspect.signature(getattr(fla_simple_gla, f'{mode}_simple_gla')).parameters
@@ -244,7 +271,7 @@ def test_deprecated_name_of_state_v_first():
 
 
 def test_without_triton():
-    """The package imports, CPU tensors are computed, and a tensor on an accelerator gets a clear error."""
+    """The package imports and computes CPU tensors. A tensor on an accelerator gets a clear error."""
     code = """
 import sys
 sys.modules['triton'] = None
@@ -265,9 +292,12 @@ except RuntimeError as error:
     assert result.stdout == 'refused\n', result.stderr
 
 
+@pytest.mark.slow
 def test_report():
-    """`python -m fla_simple_gla` says what a bug report needs, and that every mode is right."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {'PYTHONPATH': ':'.join(sys.path)}
+    """`python -m fla_simple_gla` prints what a bug report needs, and that every mode is right."""
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | {
+        'PYTHONPATH': ':'.join(sys.path)
+    }
     result = subprocess.run([sys.executable, '-m', 'fla_simple_gla'], capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and result.stdout.endswith('all modes are right\n'), result.stdout + result.stderr
     for expected in (f'fla_simple_gla {fla_simple_gla.__version__}', f'torch {torch.__version__}', 'GPU: ', *MODES):

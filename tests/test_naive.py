@@ -1,4 +1,4 @@
-"""The specification: it is what the equation says, its three forms agree in fp64, its gradients are those of finite differences."""
+"""The specification: the equation, the agreement of its three forms in fp64, and gradients by finite differences."""
 
 import pytest
 import torch
@@ -10,7 +10,10 @@ INF = float('inf')
 
 def make(B=2, T=37, HK=1, H=2, K=3, V=4, resets=True):
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(B, T, heads, dim, generator=generator, dtype=torch.float64) for heads, dim in ((HK, K), (HK, K), (H, V)))
+    q, k, v = (
+        torch.randn(B, T, heads, dim, generator=generator, dtype=torch.float64)
+        for heads, dim in ((HK, K), (HK, K), (H, V))
+    )
     g = -torch.rand(B, T, H, generator=generator, dtype=torch.float64)
     if resets:
         g[:, 5], g[:, 9], g[:, 10] = -INF, -1e30, 0.5
@@ -18,7 +21,7 @@ def make(B=2, T=37, HK=1, H=2, K=3, V=4, resets=True):
 
 
 def test_equation():
-    """The recurrence written out for one head, with no function of the library."""
+    """The recurrence for one head, written without functions of the library."""
     q, k, v, g = make(B=1, H=1)
     S = torch.randn(3, 4, dtype=torch.float64)
     o, final = naive_recurrent_simple_gla(q, k, v, g, scale=0.7, initial_state=S[None, None])
@@ -39,7 +42,14 @@ def test_forms_agree(cu_seqlens, gate):
     o, S = naive_recurrent_simple_gla(q, k, v, initial_state=h0, cu_seqlens=cu_seqlens, **gates)
     for chunk_size in (1, 8, 64):
         o2, S2 = naive_chunk_simple_gla(
-            q, k, v, initial_state=h0, output_final_state=True, chunk_size=chunk_size, cu_seqlens=cu_seqlens, **gates,
+            q,
+            k,
+            v,
+            initial_state=h0,
+            output_final_state=True,
+            chunk_size=chunk_size,
+            cu_seqlens=cu_seqlens,
+            **gates,
         )
         torch.testing.assert_close(o2, o)
         torch.testing.assert_close(S2, S)

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, place, poisoned_memory, rms_error
+from harness import (
+    DEVICE,
+    GPU,
+    MODES,
+    STATEFUL,
+    TOLERANCE,
+    Case,
+    make_inputs,
+    mark_slow,
+    place,
+    poisoned_memory,
+    rms_error,
+)
 
 from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gla
 from fla_simple_gla._cache import Cache
-from fla_simple_gla.fused_chunk import hopper_module
+from fla_simple_gla.hopper import sweeps_of
 
 HALF = torch.bfloat16 if GPU else torch.float16
 D = 64 if GPU else 16
@@ -116,7 +128,7 @@ def check_pool(mode, case, indices, buffer=None):
         if 'fused_recurrent' in mode or not case.reverse
     ],
 )
-@pytest.mark.parametrize('indices', INDICES)
+@pytest.mark.parametrize('indices', mark_slow(INDICES, *INDICES[1:]))
 def test_states_in_a_pool(mode, indices, case, monkeypatch):
     if mode.startswith('cpu'):
         monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
@@ -124,13 +136,13 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     check_pool(mode, case, indices, buffers.get(indices))
 
 
-@pytest.mark.skipif(not GPU or hopper_module(64, 64, HALF, torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
+@pytest.mark.skipif(not GPU or sweeps_of(64, 64, HALF, torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
 @pytest.mark.parametrize('case', [case for case in LARGE_CASES if case.dtype == HALF and case.K <= 256], ids=str)
 @pytest.mark.parametrize('mode', ['segments', 'fused_chunk'])
 def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
     """One multiprocessor: the programs, which stay, go from sequences to padding and on."""
-    for module in ('_hopper', '_hopper_wide'):
-        monkeypatch.setattr(f'fla_simple_gla.{module}.multiprocessors', lambda device: 1)
+    for module in ('sweep', 'wide'):
+        monkeypatch.setattr(f'fla_simple_gla.hopper.{module}.multiprocessors', lambda device: 1)
     for caches in ('fla_simple_gla._plans.plans', 'fla_simple_gla._passes.records', 'harness.PLANS'):
         monkeypatch.setattr(caches, Cache(1000))
     check_pool(mode, case, INDICES[0])

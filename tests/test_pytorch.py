@@ -1,4 +1,4 @@
-"""What the rest of PyTorch does to a call: compiles it, captures it, casts it, checkpoints it, watches it, runs it on another stream."""
+"""Calls in the rest of PyTorch: compilation, operators, transforms, autocast, checkpointing, streams and threads."""
 
 import contextlib
 import copy
@@ -10,7 +10,24 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, Case, check, make_inputs, reference, rms_error, run, segments_of
+from harness import (
+    DEVICE,
+    GPU,
+    HALF,
+    MODES,
+    STATEFUL,
+    Case,
+    D,
+    check,
+    make_inputs,
+    mark_slow,
+    needs_gpu,
+    reference,
+    rms_error,
+    run,
+    segments_of,
+    slow_rows,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -27,12 +44,13 @@ from fla_simple_gla._cache import Cache
 from fla_simple_gla._operators import SOURCES
 from fla_simple_gla._plans import Inputs, Options
 
-HALF = torch.bfloat16 if GPU else torch.float16
 MODULES = {'chunk': chunk, 'fused_chunk': fused_chunk, 'fused_recurrent': fused_recurrent, 'parallel': parallel}
 OPERATORS = {name: module.mode.operators for name, module in MODULES.items()}
 BACKEND = 'inductor' if GPU else 'aot_eager'
-# that one graph is to serve; the interpreter goes token by token slowly
-LENGTHS = dict.fromkeys(MODES, (17, 40, 300) if GPU else (17, 25)) | {'segments': (300, 1000, 129) if GPU else (130, 140)}
+# One graph serves these lengths. The interpreter is slow where a mode goes token by token.
+LENGTHS = dict.fromkeys(MODES, (17, 40, 300) if GPU else (17, 25)) | {
+    'segments': (300, 1000, 129) if GPU else (130, 140)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +66,14 @@ def cpu_path(monkeypatch):
 
 
 def function_of(mode):
-    """The public function of a mode, and a context for calls of it: 'segments' is chunk where it cuts sequences."""
+    """The public function of a mode, and a context for its calls. 'segments' is the chunk mode that cuts sequences."""
     if mode == 'segments':
         return MODES['chunk'], segments_of(128, Cache(1000))
     return MODES[mode], contextlib.nullcontext()
 
 
 class Block(nn.Module):
-    """Norm, projections, a mode, projection; and an MLP."""
+    """A norm, projections, a mode and a projection. After them an MLP."""
 
     def __init__(self, mode, width=32, heads=2, **options):
         super().__init__()
@@ -80,7 +98,7 @@ def block(mode, seed=0, device=DEVICE, dtype=torch.float32, **options):
 
 
 def gradients(call, module, x):
-    """What a call returns, and the gradients of the parameters."""
+    """The result of a call, and the gradients of the parameters."""
     y = call(x)
     return [y.detach(), *torch.autograd.grad(y.square().mean(), [*module.parameters()])]
 
@@ -91,9 +109,9 @@ def assert_close(found, expected, tolerance):
 
 
 class TestCompile:
-    @pytest.mark.parametrize('mode, final_state', [*((mode, False) for mode in MODES), ('chunk', True)])
+    @pytest.mark.parametrize('mode, final_state', [*slow_rows((mode, False) for mode in MODES), ('chunk', True)])
     def test_one_graph_serves_many_lengths(self, mode, final_state):
-        """Forward and backward, with nothing left to Python."""
+        """The graph has the whole forward and backward."""
         fn, context = function_of(mode)
         module = block(fn, **({'output_final_state': True} if final_state else {}))
         counter = CompileCounterWithBackend(BACKEND)
@@ -104,9 +122,9 @@ class TestCompile:
                 assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
         assert counter.frame_count == 1
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_chunk', 'fused_recurrent'))
     def test_no_graph_breaks_where_it_might(self, mode, cpu_path):
-        """Without `fullgraph`, which is a setting of its own for some operators."""
+        """`fullgraph` is not set. Some operators are traced in another way then."""
         module = block(MODES[mode], device='cpu')
         counter = CompileCounterWithBackend('aot_eager')
         compiled = torch.compile(module, dynamic=True, backend=counter)
@@ -115,7 +133,7 @@ class TestCompile:
             assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
         assert counter.frame_count == 1
 
-    @pytest.mark.parametrize('mode', ['chunk', 'segments'])
+    @pytest.mark.parametrize('mode', mark_slow(['chunk', 'segments'], 'segments'))
     def test_static_shapes(self, mode):
         fn, context = function_of(mode)
         module = block(fn)
@@ -126,15 +144,15 @@ class TestCompile:
 
     @pytest.mark.parametrize('case', [
         Case(20, H=4, HK=2, K=16, V=8, initial_state=True, state_v_first=True, state_dtype=torch.float16),
-        Case(20, gate='gamma', cu_seqlens=(0, 7, 7, 18), scale=2),
+        *slow_rows([[Case(20, gate='gamma', cu_seqlens=(0, 7, 7, 18), scale=2)]]),
         Case(20, gate=None, initial_state=False, output_final_state=False, dtype=HALF, layout='qkv'),
         Case(20, reverse=True),
     ], ids=str)  # fmt: skip
-    @pytest.mark.parametrize('mode', ['chunk', 'fused_recurrent', 'parallel'])
+    @pytest.mark.parametrize('mode', mark_slow(['chunk', 'fused_recurrent', 'parallel'], 'chunk', 'fused_recurrent'))
     def test_every_argument(self, mode, case):
-        """Right, and the bits of eager calls; but the sum over d g is PyTorch's, whose order depends on strides."""
+        """The bits are those of eager calls. PyTorch sums dg to dg_gamma, in an order that depends on strides."""
         if case.reverse and mode != 'fused_recurrent':
-            pytest.skip('goes one way')
+            pytest.skip('only fused_recurrent has reverse')
         case = case.of(mode)
         compiled = torch.compile(MODES[mode], fullgraph=True, backend='aot_eager')
         expected, found = run(MODES[mode], case), run(compiled, case)
@@ -143,9 +161,9 @@ class TestCompile:
         for name in expected:
             assert rms_error(found[name], expected[name]) <= (1e-6 if name == 'dg_gamma' else 0), name
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_chunk', 'fused_recurrent'))
     def test_cpu_path(self, mode, cpu_path):
-        """The lengths of packed sequences are no constants of a graph there either."""
+        """The lengths of packed sequences are no constants of a graph on the CPU path either."""
         module = block(MODES[mode], device='cpu')
         counter = CompileCounterWithBackend('aot_eager')
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
@@ -166,7 +184,7 @@ class TestCompile:
         for found, expected in zip(results, fla_simple_gla.parallel_simple_gla(*tensors, output_attentions=True)):
             assert torch.equal(found, expected) and found.requires_grad == expected.requires_grad
 
-    @pytest.mark.parametrize('v_first', [False, True])
+    @pytest.mark.parametrize('v_first', mark_slow([False, True], True))
     @pytest.mark.parametrize('path', ['kernels', 'CPU path'])
     @pytest.mark.parametrize('mode', ['chunk', 'fused_chunk', 'fused_recurrent'])
     def test_states_in_a_pool_are_written_in_place(self, mode, path, v_first, monkeypatch):
@@ -180,7 +198,7 @@ class TestCompile:
         pool = torch.randn((5, 2, 8, 16) if v_first else (5, 2, 16, 8), device=device)
 
         def step(pool):
-            # of what is computed from the pool, each must see it as it was then
+            # Each sum must see the pool as it is at this point.
             before = pool.sum((1, 2, 3))
             o, same = MODES[mode](*tensors, initial_state=pool, state_indices=slots, state_v_first=v_first)
             return o * 2, before, same.sum((1, 2, 3))
@@ -194,7 +212,7 @@ class TestCompile:
             torch.testing.assert_close(a, b)
 
     def test_states_that_are_only_read(self):
-        """With a buffer and no indices: an expanded one, one that autograd has saved, one of inference mode."""
+        """With a buffer and no indices the states may be expanded, saved by autograd, or made in inference mode."""
         inputs = make_inputs(Case(4, B=3, K=16, V=8))
         tensors = [inputs[name] for name in ('q', 'k', 'v', 'g')]
         state = inputs['initial_state'][:1]
@@ -215,17 +233,24 @@ class TestCompile:
     def test_states_of_draft_tokens(self, indexed):
         inputs = make_inputs(Case(4, B=3, K=16, V=8))
         tensors = [inputs[name] for name in ('q', 'k', 'v', 'g')]
-        options = {'state_indices': torch.tensor([1, 2, -1], device=DEVICE)} if indexed else {'output_final_state': True}
+        options = (
+            {'state_indices': torch.tensor([1, 2, -1], device=DEVICE)} if indexed else {'output_final_state': True}
+        )
         results = []
         with torch.no_grad():
-            for fn in (fused_recurrent_simple_gla, torch.compile(fused_recurrent_simple_gla, fullgraph=True, backend='aot_eager')):
+            for fn in (
+                fused_recurrent_simple_gla,
+                torch.compile(fused_recurrent_simple_gla, fullgraph=True, backend='aot_eager'),
+            ):
                 state, buffer = inputs['initial_state'].clone(), torch.zeros(3, 4, 2, 16, 8, device=DEVICE)
-                results.append((*fn(*tensors, initial_state=state, intermediate_states_buffer=buffer, **options), state, buffer))
+                results.append(
+                    (*fn(*tensors, initial_state=state, intermediate_states_buffer=buffer, **options), state, buffer)
+                )
         for a, b in zip(*results):
             assert torch.equal(a, b)
 
     def test_graphs_tell_of_which_sources_they_are(self):
-        """So that a graph in a cache on disk is not taken for one of another version, which leaves other states for the backward."""
+        """A graph in a cache on disk may be of another version, which saves other states. It must not be used."""
         graphs = []
 
         def backend(module, _):
@@ -241,7 +266,9 @@ class TestCompile:
         inputs = make_inputs(Case(4, state_v_first=True))
         tensors = [inputs[name] for name in ('q', 'k', 'v', 'g')]
         options = {'initial_state': inputs['initial_state'], 'output_final_state': True}
-        found = torch.compile(fused_recurrent_simple_gla, fullgraph=True, backend='eager')(*tensors, **options, transpose_state_layout=True)
+        found = torch.compile(fused_recurrent_simple_gla, fullgraph=True, backend='eager')(
+            *tensors, **options, transpose_state_layout=True
+        )
         for a, b in zip(found, fused_recurrent_simple_gla(*tensors, **options, state_v_first=True)):
             assert torch.equal(a, b)
 
@@ -250,13 +277,13 @@ class TestCompile:
         for fullgraph, error in ((False, ValueError), (True, torch._dynamo.exc.Unsupported)):
             torch.compiler.reset()
             message = r"k must have q's shape \[1, 5, 2, 8\], got \[1, 5, 2, 4\]"
-            # torch 2.8 tells of an error in a full graph no more than its type
+            # For a full graph torch 2.8 tells only the type of the error.
             with pytest.raises(error, match=f"{message}|<class 'ValueError'>" if fullgraph else message):
                 torch.compile(fla_simple_gla.chunk_simple_gla, fullgraph=fullgraph, backend='eager')(q, q[..., :4], q)
 
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_under_autocast(self, mode, cpu_path):
-        """fp32 inputs are cast as they are in an eager call: its bits, and its dtypes."""
+        """fp32 inputs are cast as in an eager call. The bits and dtypes are the same."""
         device, dtype = ('cuda', torch.float16) if GPU else ('cpu', torch.bfloat16)
         case = Case(20).of(mode)
 
@@ -274,9 +301,9 @@ class TestCompile:
         for name in expected:
             assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_recurrent', 'parallel'))
     def test_any_size_may_be_a_symbol(self, mode, cpu_path):
-        """Heads and dims, too, which calls in turn have; and one token of one sequence."""
+        """Heads and dimensions may change from call to call too. There may be one token of one sequence."""
         compiled = torch.compile(MODES[mode], fullgraph=True, backend='aot_eager')
         changes = [{}, {'H': 4}, {'K': 24}, {'V': 8}, {'B': 2}, {'T': 30}]
         cases = [Case(**dict(T=20, initial_state=False, output_final_state=False) | change) for change in changes]
@@ -288,7 +315,7 @@ class TestCompile:
         compiled = torch.compile(MODES[mode], fullgraph=True, backend='aot_eager', dynamic=True)
         assert_close(run(compiled, case, inputs).values(), run(MODES[mode], case, inputs).values(), 1e-6)
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'fused_chunk', 'fused_recurrent', 'parallel'))
     def test_gradients_of_some_inputs_only(self, mode, cpu_path):
         inputs = make_inputs(Case(10), 'cpu')
         names = ['q', 'k', 'v', 'g', *(['initial_state'] if mode in STATEFUL else [])]
@@ -303,18 +330,20 @@ class TestCompile:
                 results.append(torch.autograd.grad(loss, [leaves[name] for name in wanted]))
             assert_close(*results, 1e-6)
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_recurrent'))
     def test_no_tokens_and_no_batch(self, mode):
         for B, T in ((0, 5), (2, 0)):
             case = Case(T, B=B).of(mode)
             inputs = make_inputs(case)
             expected = run(MODES[mode], case, inputs, allow_unused=True)
-            found = run(torch.compile(MODES[mode], fullgraph=True, backend='aot_eager'), case, inputs, allow_unused=True)
+            found = run(
+                torch.compile(MODES[mode], fullgraph=True, backend='aot_eager'), case, inputs, allow_unused=True
+            )
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'segments', 'fused_chunk', 'fused_recurrent', 'parallel'))
     def test_compiled_autograd(self, mode):
-        """The backward of an eager forward, which PyTorch traces when it comes to it."""
+        """PyTorch traces the backward of an eager forward when it runs."""
         fn, context = function_of(mode)
         inputs = make_inputs(Case(LENGTHS[mode][0], gate='gamma').of(mode))
         names = [name for name in ('q', 'k', 'v', 'g_gamma', 'initial_state') if inputs[name] is not None]
@@ -350,10 +379,14 @@ def operator_arguments(case: Case):
 
 
 class TestOperators:
-    @pytest.mark.parametrize('case', [Case(20, B=2, K=16, V=8), Case(30, H=4, HK=2, gate=None, cu_seqlens=(0, 7, 25))], ids=str)
+    @pytest.mark.parametrize(
+        'case',
+        [Case(20, B=2, K=16, V=8), *slow_rows([[Case(30, H=4, HK=2, gate=None, cu_seqlens=(0, 7, 25))]])],
+        ids=str,
+    )
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_opcheck(self, mode, case, cpu_path):
-        """Schemas, fake implementations, autograd and tracing; on the CPU path where there is no GPU."""
+        """Schemas, fake implementations, autograd and tracing are right. Without a GPU the CPU path runs."""
         case = case.of(mode)
         inputs, arguments = operator_arguments(case)
         output = mode in STATEFUL or case.cu_seqlens is None
@@ -362,15 +395,21 @@ class TestOperators:
         arguments = [x if x is None else x.detach() for x in arguments]
         states = OPERATORS[mode].forward(*arguments, 0.5, False, False, '')[2]
         needs = [x is not None for x in arguments[:5]]
-        torch.library.opcheck(OPERATORS[mode].backward, (*arguments, states, inputs['do'], inputs['dht'], 0.5, False, needs))
-        if inputs['dht'] is not None:  # of a state alone, and of some inputs alone
-            torch.library.opcheck(OPERATORS[mode].backward, (*arguments, states, None, inputs['dht'], 0.5, False, [True] + [False] * 4))
+        torch.library.opcheck(
+            OPERATORS[mode].backward, (*arguments, states, inputs['do'], inputs['dht'], 0.5, False, needs)
+        )
+        if inputs['dht'] is not None:  # gradients of the state only, and of some inputs only
+            torch.library.opcheck(
+                OPERATORS[mode].backward, (*arguments, states, None, inputs['dht'], 0.5, False, [True] + [False] * 4)
+            )
 
-    @pytest.mark.parametrize('layout', ['contiguous', 'qkv', 'heads_first', 'one gradient for all tokens'])
-    @pytest.mark.parametrize('path', ['kernels', 'CPU path'])
+    @pytest.mark.parametrize(
+        'layout', ['contiguous', *slow_rows([['qkv'], ['heads_first'], ['one gradient for all tokens']])]
+    )
+    @pytest.mark.parametrize('path', mark_slow(['kernels', 'CPU path'], 'kernels'))
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_opcheck_of_gradients_of_some_inputs(self, mode, path, layout, monkeypatch):
-        """Of every subset: those that are not needed are empty, as the fake says."""
+        """For every subset: a gradient that is not needed is empty, in the fake implementation too."""
         if path == 'CPU path':
             monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
         device = 'cpu' if path == 'CPU path' else DEVICE
@@ -380,17 +419,19 @@ class TestOperators:
         tensors = [inputs[name] for name in ('q', 'k', 'v', 'g', 'initial_state')]
         states = OPERATORS[mode].forward(*tensors, None, 0.5, False, False, '')[2]
         subsets = [*itertools.product((False, True), repeat=5)]
-        if path == 'kernels' and not GPU:  # the interpreter is slow: those of one input, of all but one, and of all
+        if path == 'kernels' and not GPU:  # the interpreter is slow
             subsets = [needs for needs in subsets if sum(needs) in ((1, 4, 5) if layout == 'contiguous' else (4,))]
         for needs in subsets:
             if any(needs) and not (needs[4] and tensors[4] is None):
                 arguments = *tensors, None, states, do, inputs['dht'], 0.5, False, [*needs]
-                torch.library.opcheck(OPERATORS[mode].backward, arguments, test_utils=('test_schema', 'test_faketensor'))
+                torch.library.opcheck(
+                    OPERATORS[mode].backward, arguments, test_utils=('test_schema', 'test_faketensor')
+                )
                 for x, need, given in zip(OPERATORS[mode].backward(*arguments), needs, tensors):
                     assert x.shape == (given.shape if need else (0,))
 
-    @pytest.mark.parametrize('layout', ['contiguous', 'qkv', 'heads_first'])
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('layout', mark_slow(['contiguous', 'qkv', 'heads_first'], 'contiguous', 'heads_first'))
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'fused_recurrent'))
     def test_gradients_of_eager_calls_lie_as_those_of_the_operators(self, mode, layout):
         case = Case(33, H=4, HK=2, K=16, V=8, layout=layout).of(mode)
         inputs = make_inputs(case)
@@ -405,14 +446,18 @@ class TestOperators:
         *tokens, _, _ = (x if x is None else x.detach() for x in arguments)
         device = tokens[0].device
         pool, slots = torch.randn(4, 2, 8, 16, device=device), torch.tensor([2, -1], device=device)
-        torch.library.opcheck(OPERATORS[mode].in_place, (*tokens, None, None, pool, slots, None, 0.5, True, False, True))
+        torch.library.opcheck(
+            OPERATORS[mode].in_place, (*tokens, None, None, pool, slots, None, 0.5, True, False, True)
+        )
         if mode == 'fused_recurrent':
             buffer = torch.randn(2, 6, 2, 8, 16, device=device)
-            torch.library.opcheck(OPERATORS[mode].in_place, (*tokens, pool[:2], None, None, None, buffer, 0.5, True, True, True))
+            torch.library.opcheck(
+                OPERATORS[mode].in_place, (*tokens, pool[:2], None, None, None, buffer, 0.5, True, True, True)
+            )
 
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'segments', 'fused_recurrent'))
     def test_of_what_a_mode_sees(self, mode):
-        """A dispatch mode sees one operator forward and one backward, and the bits are those of other calls."""
+        """A dispatch mode sees one operator forward and one backward. The bits are the same as without it."""
 
         class Watch(TorchDispatchMode):
             seen = []
@@ -434,10 +479,10 @@ class TestOperators:
     @pytest.mark.parametrize('device', ['cpu', 'cuda', 'meta'])
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_fake_and_meta_tensors(self, mode, device):
-        """Shapes, dtypes and devices, for tensors without memory; a GPU that fake tensors are on need not exist."""
+        """They have the right shapes, dtypes and devices. Fake tensors may be on a GPU that does not exist."""
         options = {'output_final_state': True} if mode in STATEFUL else {'output_attentions': True}
         with FakeTensorMode() if device != 'meta' else contextlib.nullcontext():
-            # a CPU build of PyTorch has no backward on fake GPUs
+            # A CPU build of PyTorch has no backward on fake GPUs.
             differentiable = device != 'cuda' or GPU
             q = torch.empty(2, 20, 2, 16, dtype=HALF, device=device, requires_grad=differentiable)
             v = torch.empty(2, 20, 4, 8, dtype=HALF, device=device)
@@ -493,11 +538,13 @@ class TestTransforms:
         if mode in STATEFUL:
             with pytest.raises(NotImplementedError, match='forward-mode'), forward_ad.dual_level():
                 slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-                MODES[mode](q, k, forward_ad.make_dual(v, v), g, initial_state=inputs['initial_state'], state_indices=slots)
+                MODES[mode](
+                    q, k, forward_ad.make_dual(v, v), g, initial_state=inputs['initial_state'], state_indices=slots
+                )
 
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_cpu_path(self, mode, cpu_path):
-        """Plain PyTorch, with all derivatives."""
+        """The CPU path is plain PyTorch, and has all derivatives."""
         inputs = make_inputs(Case(3, H=1, K=3, V=2), 'cpu')
         q, k, v, g = (inputs[name].double() for name in ('q', 'k', 'v', 'g'))
 
@@ -513,16 +560,18 @@ class TestTransforms:
     def test_second_derivatives_of_operators_are_refused(self, mode):
         inputs = make_inputs(Case(8).of(mode))
         q = inputs['q'].requires_grad_()
-        o, *_ = OPERATORS[mode].forward(q, *(inputs[name] for name in ('k', 'v', 'g')), None, None, 1.0, False, False, '')
+        o, *_ = OPERATORS[mode].forward(
+            q, *(inputs[name] for name in ('k', 'v', 'g')), None, None, 1.0, False, False, ''
+        )
         (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match=f'{mode}_backward.* no autograd formula'):
             dq.sum().backward()
 
 
 class TestModules:
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'chunk', 'segments', 'fused_recurrent'))
     def test_negated_views(self, mode):
-        """PyTorch leaves some signs to whom reads: of imaginary parts of conjugates. Inputs and gradients may be such."""
+        """Inputs and gradients may be views whose sign their reader must apply, as imaginary parts of conjugates."""
         fn, context = function_of(mode)
         case = Case(LENGTHS[mode][0]).of(mode)
         inputs = make_inputs(case)
@@ -537,10 +586,12 @@ class TestModules:
         if mode in STATEFUL and mode != 'segments':
             slots = torch.zeros(1, dtype=torch.int32, device=DEVICE)
             with pytest.raises(ValueError, match='initial_state is written in place, and must not be a negated view'):
-                MODES[mode](inputs['q'], inputs['k'], inputs['v'], initial_state=negated['initial_state'], state_indices=slots)
+                MODES[mode](
+                    inputs['q'], inputs['k'], inputs['v'], initial_state=negated['initial_state'], state_indices=slots
+                )
 
     def test_subclasses_without_a_dispatch_of_their_own(self, cpu_path):
-        """They are tensors like others: with all derivatives on the CPU."""
+        """They are treated as other tensors are, with all derivatives on the CPU."""
 
         class Plain(torch.Tensor):
             pass
@@ -551,23 +602,25 @@ class TestModules:
         (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
         torch.autograd.grad(dq.sum(), q)
 
-    @pytest.mark.parametrize('reentrant', [False, True])
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('reentrant', mark_slow([False, True], True))
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'segments', 'fused_recurrent'))
     def test_checkpoint(self, mode, reentrant):
         fn, context = function_of(mode)
         module = block(fn)
         x = torch.randn(1, LENGTHS[mode][0], 32, device=DEVICE, requires_grad=True)
         with context:
             expected, found = (
-                [*torch.autograd.grad(y.square().mean(), [*module.parameters()])] if not reentrant else backward(module, x, y)
+                [*torch.autograd.grad(y.square().mean(), [*module.parameters()])]
+                if not reentrant
+                else backward(module, x, y)
                 for y in (module(x), checkpoint(module, x, use_reentrant=reentrant))
             )
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    @pytest.mark.parametrize('around_forward', [False, True])
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('around_forward', mark_slow([False, True], True))
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'segments', 'fused_recurrent'))
     def test_checkpoint_in_part_under_a_mode(self, mode, around_forward):
-        """What the operator saves at first is what the Function saves when it is computed again, or the other way round."""
+        """The operator and the Function save the same. Either may run first, and the other in the recomputation."""
         fn, context = function_of(mode)
         module, x = block(fn), torch.randn(1, LENGTHS[mode][0], 32, device=DEVICE)
         modes = [FlopCounterMode(display=False), contextlib.nullcontext()]
@@ -577,11 +630,11 @@ class TestModules:
                 loss = checkpoint(module, x, use_reentrant=False).square().mean()
             with second:
                 found = torch.autograd.grad(loss, [*module.parameters()])
-            # PyTorch computes linear layers otherwise under that mode
+            # Under that mode PyTorch computes linear layers in another way.
             assert_close(found, gradients(module, module, x)[1:], 1e-5)
 
     def test_checkpoint_that_saves_the_operator(self, monkeypatch):
-        """A policy of selective checkpointing can name it; then it runs once."""
+        """A policy of selective checkpointing can name the operator. Then the operator runs once."""
         operator = torch.ops.fla_simple_gla.chunk.default
         seen = []
 
@@ -601,14 +654,16 @@ class TestModules:
         expected = torch.autograd.grad(module(x).square().mean(), [*module.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_chunk', 'parallel'))
     def test_checkpoint_in_a_compiled_module(self, mode):
         module = block(MODES[mode])
         x = torch.randn(1, 20, 32, device=DEVICE)
-        compiled = torch.compile(lambda x: checkpoint(module, x, use_reentrant=False), fullgraph=True, backend='aot_eager')
+        compiled = torch.compile(
+            lambda x: checkpoint(module, x, use_reentrant=False), fullgraph=True, backend='aot_eager'
+        )
         assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
 
-    @pytest.mark.parametrize('mode', OPERATORS)
+    @pytest.mark.parametrize('mode', mark_slow(OPERATORS, 'chunk', 'fused_recurrent'))
     def test_functional_call(self, mode):
         module, other = block(MODES[mode]), block(MODES[mode], seed=1)
         x = torch.randn(1, 20, 32, device=DEVICE)
@@ -618,9 +673,9 @@ class TestModules:
         found = torch.autograd.grad(y.square().mean(), [*parameters.values()])
         assert all(torch.equal(a, b) for a, b in zip(found, gradients(other, other, x)[1:]))
 
-    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('mode', mark_slow(MODES, 'segments', 'fused_recurrent'))
     def test_without_gradients(self, mode):
-        """no_grad and inference mode, before and behind calls with gradients; what inference mode makes can go on elsewhere."""
+        """Calls without gradients may come before and after calls with them. Inference tensors may be inputs."""
         fn, context = function_of(mode)
         case = Case(LENGTHS[mode][0]).of(mode)
         inputs = make_inputs(case)
@@ -654,7 +709,7 @@ class TestModules:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16] if GPU else [torch.bfloat16], ids=str)
     @pytest.mark.parametrize('mode', OPERATORS)
     def test_autocast(self, mode, dtype, cpu_path):
-        """Gradients, too, are those of casting q, k and v by hand; gates and states stay in fp32, and so do their gradients."""
+        """Gradients are those of casting q, k and v by hand. Gates, states and their gradients stay in fp32."""
         inputs = make_inputs(Case(20))
         names = ('q', 'k', 'v', 'g', 'initial_state') if mode in STATEFUL else ('q', 'k', 'v', 'g')
         options = {'output_final_state': True} if mode in STATEFUL else {}
@@ -670,6 +725,24 @@ class TestModules:
         assert results[0][0].dtype == dtype and all(x.dtype == torch.float32 for x in results[0][1:])
         for a, b in zip(*results):
             assert a.dtype == b.dtype and torch.equal(a, b)
+
+    @pytest.mark.parametrize('mode', MODES)
+    @pytest.mark.parametrize('dtype', [HALF] if GPU else [torch.bfloat16], ids=str)
+    def test_autocast_casts_q_k_and_v_only(self, mode, dtype, monkeypatch):
+        """Gates and states are not cast. The outputs are those of inputs that are cast by hand."""
+        if not GPU:
+            # The CPU path runs: the interpreter multiplies bfloat16 wrongly, and autocast on a CPU may lack float16.
+            monkeypatch.setattr('fla_simple_gla._triton.INTERPRET', False)
+        case = Case(20, K=D, V=D)
+        inputs = make_inputs(case)
+        q, k, v, g = (inputs[name] for name in ('q', 'k', 'v', 'g'))
+        options = {'initial_state': inputs['initial_state'], 'output_final_state': True} if mode in STATEFUL else {}
+        with torch.autocast(DEVICE, dtype):
+            o, ht = MODES[mode](q, k.to(dtype), v, g, **options)
+        by_hand = MODES[mode](q.to(dtype), k.to(dtype), v.to(dtype), g, **options)
+        assert o.dtype == dtype and torch.equal(o, by_hand[0])
+        if mode in STATEFUL:
+            assert ht.dtype == torch.float32 and torch.equal(ht, by_hand[1])
 
     @pytest.mark.parametrize('mode', [mode for mode in OPERATORS if mode in STATEFUL])
     def test_autograd_notices_what_is_written_in_place(self, mode):
@@ -692,125 +765,130 @@ class TestModules:
 
 
 def backward(module, x, y):
-    """Gradients as reentrant checkpointing wants them: by `backward`."""
+    """The gradients by `backward`, which reentrant checkpointing needs."""
     module.zero_grad()
     y.square().mean().backward()
     return [p.grad.clone() for p in module.parameters()]
 
 
-if GPU:
+@needs_gpu
+class TestGPU:
+    @pytest.mark.parametrize('mode', OPERATORS)
+    def test_two_compiled_layers_learn_what_eager_ones_do(self, mode):
+        """They have the same losses within the rounding of bf16, in one graph."""
+        torch.manual_seed(0)
+        x, target = torch.randn(2, 4, 256, 256, device='cuda', dtype=torch.bfloat16)
+        losses = []
+        for compiled in (False, True):
+            layers = [block(MODES[mode], seed, dtype=torch.bfloat16, width=256, heads=4) for seed in (1, 2)]
+            model = nn.Sequential(*layers)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            call = torch.compile(model, fullgraph=True) if compiled else model
+            losses.append([])
+            for _ in range(30):
+                loss = (call(x) - target).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[-1].append(loss.item())
+        assert losses[0][-1] < 0.9 * losses[0][0]
+        torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
 
-    class TestGPU:
-        @pytest.mark.parametrize('mode', OPERATORS)
-        def test_two_compiled_layers_learn_what_eager_ones_do(self, mode):
-            """The same losses within the rounding of bf16, in one graph."""
-            torch.manual_seed(0)
-            x, target = torch.randn(2, 4, 256, 256, device='cuda', dtype=torch.bfloat16)
-            losses = []
-            for compiled in (False, True):
-                layers = [block(MODES[mode], seed, dtype=torch.bfloat16, width=256, heads=4) for seed in (1, 2)]
-                model = nn.Sequential(*layers)
-                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-                call = torch.compile(model, fullgraph=True) if compiled else model
-                losses.append([])
-                for _ in range(30):
-                    loss = (call(x) - target).float().square().mean()
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    losses[-1].append(loss.item())
-            assert losses[0][-1] < 0.9 * losses[0][0]
-            torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
+    def test_compiled_into_cuda_graphs(self):
+        """`mode='reduce-overhead'` replays the whole forward and backward."""
+        counters.clear()
+        module = block(MODES['chunk'], width=128)
+        compiled = torch.compile(module, fullgraph=True, mode='reduce-overhead')
+        for _ in range(4):
+            x = torch.randn(1, 5000, 128, device='cuda')
+            torch.compiler.cudagraph_mark_step_begin()
+            assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
+        assert counters['inductor']['cudagraph_skips'] == 0
 
-        def test_compiled_into_cuda_graphs(self):
-            """`mode='reduce-overhead'` replays forward and backward, and leaves nothing out."""
-            counters.clear()
-            module = block(MODES['chunk'], width=128)
-            compiled = torch.compile(module, fullgraph=True, mode='reduce-overhead')
-            for _ in range(4):
-                x = torch.randn(1, 5000, 128, device='cuda')
-                torch.compiler.cudagraph_mark_step_begin()
-                assert_close(gradients(compiled, module, x), gradients(module, module, x), 1e-5)
-            assert counters['inductor']['cudagraph_skips'] == 0
-
-        def test_compiled_calls_do_not_wait_for_the_gpu(self):
-            module = block(MODES['chunk'], dtype=torch.bfloat16, width=128)
-            compiled = torch.compile(module, fullgraph=True)
-            x = torch.randn(1, 600, 128, device='cuda', dtype=torch.bfloat16)
-            cu_seqlens = torch.tensor([0, 100, 600], device='cuda')
+    def test_compiled_calls_do_not_wait_for_the_gpu(self):
+        module = block(MODES['chunk'], dtype=torch.bfloat16, width=128)
+        compiled = torch.compile(module, fullgraph=True)
+        x = torch.randn(1, 600, 128, device='cuda', dtype=torch.bfloat16)
+        cu_seqlens = torch.tensor([0, 100, 600], device='cuda')
+        gradients(lambda x: compiled(x, cu_seqlens=cu_seqlens), module, x)
+        torch.cuda.set_sync_debug_mode('error')
+        try:
             gradients(lambda x: compiled(x, cu_seqlens=cu_seqlens), module, x)
-            torch.cuda.set_sync_debug_mode('error')
-            try:
-                gradients(lambda x: compiled(x, cu_seqlens=cu_seqlens), module, x)
-            finally:
-                torch.cuda.set_sync_debug_mode('default')
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
 
-        @pytest.mark.parametrize('mode', MODES)
-        def test_current_stream(self, mode):
-            """Forward and backward on another stream are done while the default one is still busy with something else."""
-            case = Case(400, B=2, K=64, V=64, dtype=HALF).of(mode)
-            inputs = make_inputs(case)
-            expected = run(MODES[mode], case, inputs)
-            stream = torch.cuda.Stream()
-            torch.cuda.synchronize()
-            for _ in range(2):  # once for memory of that stream
-                with torch.cuda.stream(stream):
-                    found = run(MODES[mode], case, inputs)
-                stream.synchronize()
-                torch.cuda.synchronize()
-                torch.cuda._sleep(2 * 10**9)  # cycles, a second
+    @pytest.mark.parametrize('mode', MODES)
+    def test_current_stream(self, mode):
+        """Forward and backward on another stream end while the default stream is still busy."""
+        case = Case(400, B=2, K=64, V=64, dtype=HALF).of(mode)
+        inputs = make_inputs(case)
+        expected = run(MODES[mode], case, inputs)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        for _ in range(2):  # the first run allocates memory of that stream
             with torch.cuda.stream(stream):
                 found = run(MODES[mode], case, inputs)
             stream.synchronize()
-            assert not torch.cuda.default_stream().query()
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
             torch.cuda.synchronize()
+            torch.cuda._sleep(2 * 10**9)  # cycles, about a second
+        with torch.cuda.stream(stream):
+            found = run(MODES[mode], case, inputs)
+        stream.synchronize()
+        assert not torch.cuda.default_stream().query()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        torch.cuda.synchronize()
 
-        @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
-        @pytest.mark.parametrize('mode', MODES)
-        def test_device_of_the_tensors(self, mode):
-            """Not the current one, which stays what it is; compiled too."""
-            case = Case(400, B=2, K=64, V=64, dtype=HALF).of(mode)
-            inputs = make_inputs(case)
-            others = {name: None if x is None else x.to('cuda:1') for name, x in inputs.items()}
-            calls = [MODES[mode]]
-            if mode != 'segments':
-                calls.append(torch.compile(MODES[mode], fullgraph=True, backend='aot_eager'))
-            expected = run(MODES[mode], case, inputs)
-            for call in calls:
-                for _ in range(2):
-                    found = run(call, case, others)
-                    assert torch.cuda.current_device() == 0
-                    assert all(x.device.index == 1 and torch.equal(x.to('cuda:0'), expected[name]) for name, x in found.items())
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+    @pytest.mark.parametrize('mode', MODES)
+    def test_device_of_the_tensors(self, mode):
+        """Calls run on the device of their tensors. The current device stays the same, in compiled calls too."""
+        case = Case(400, B=2, K=64, V=64, dtype=HALF).of(mode)
+        inputs = make_inputs(case)
+        others = {name: None if x is None else x.to('cuda:1') for name, x in inputs.items()}
+        calls = [MODES[mode]]
+        if mode != 'segments':
+            calls.append(torch.compile(MODES[mode], fullgraph=True, backend='aot_eager'))
+        expected = run(MODES[mode], case, inputs)
+        for call in calls:
+            for _ in range(2):
+                found = run(call, case, others)
+                assert torch.cuda.current_device() == 0
+                assert all(
+                    x.device.index == 1 and torch.equal(x.to('cuda:0'), expected[name]) for name, x in found.items()
+                )
 
-        def test_threads(self):
-            """Many threads make the same calls and others, the first ones of their kinds among them, and get the bits of one thread."""
-            cases = [(mode, Case(T, B=B, K=40, V=56, dtype=HALF).of(mode)) for mode in OPERATORS for T, B in ((100, 1), (300, 2), (301, 2))]
-            made = [make_inputs(case) for _, case in cases]
-            results, failures = {}, []
+    def test_threads(self):
+        """Many threads make the same and other calls, first calls among them. They get the bits of one thread."""
+        cases = [
+            (mode, Case(T, B=B, K=40, V=56, dtype=HALF).of(mode))
+            for mode in OPERATORS
+            for T, B in ((100, 1), (300, 2), (301, 2))
+        ]
+        made = [make_inputs(case) for _, case in cases]
+        results, failures = {}, []
 
-            def work(number):
-                try:
-                    stream = torch.cuda.Stream()
-                    with torch.cuda.stream(stream):
-                        for i in range(3 * len(cases)):
-                            which = (i * 5 + number) % len(cases)
-                            mode, case = cases[which]
-                            found = run(MODES[mode], case, made[which])
-                            results.setdefault(which, []).append(found)
-                    stream.synchronize()
-                except BaseException as error:
-                    failures.append(error)
+        def work(number):
+            try:
+                stream = torch.cuda.Stream()
+                with torch.cuda.stream(stream):
+                    for i in range(3 * len(cases)):
+                        which = (i * 5 + number) % len(cases)
+                        mode, case = cases[which]
+                        found = run(MODES[mode], case, made[which])
+                        results.setdefault(which, []).append(found)
+                stream.synchronize()
+            except BaseException as error:
+                failures.append(error)
 
-            torch.cuda.synchronize()
-            threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert not failures
-            for which, (mode, case) in enumerate(cases):
-                expected = run(MODES[mode], case, made[which])
-                assert len(results[which]) == 24
-                for found in results[which]:
-                    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        torch.cuda.synchronize()
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        for which, (mode, case) in enumerate(cases):
+            expected = run(MODES[mode], case, made[which])
+            assert len(results[which]) == 24
+            for found in results[which]:
+                assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,11 +1,11 @@
-"""Tensors that are wrapped by a class of another kind, in whatever order they come: right, or refused by name."""
+"""Tensor subclasses that wrap a tensor: the results are right, or an error names the argument."""
 
 import contextlib
 import itertools
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, rms_error
+from harness import DEVICE, GPU, MODES, STATEFUL, TOLERANCE, Case, make_inputs, mark_slow, rms_error
 from torch.utils._pytree import tree_map
 
 from fla_simple_gla._plans import needs_operator, plan_for
@@ -15,12 +15,17 @@ MODES_HERE = [mode for mode in MODES if mode != 'segments']
 
 
 class Wrapped(torch.Tensor):
-    """Holds a tensor, and has no memory of its own: its address is 0."""
+    """Holds a tensor. It has no memory of its own, and its address is 0."""
 
     @staticmethod
     def __new__(cls, x):
         return torch.Tensor._make_wrapper_subclass(
-            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad,
+            cls,
+            x.shape,
+            strides=x.stride(),
+            dtype=x.dtype,
+            device=x.device,
+            requires_grad=x.requires_grad,
         )
 
     def __init__(self, x):
@@ -33,7 +38,7 @@ class Wrapped(torch.Tensor):
 
 
 def wait_later(x):
-    """As collectives return it."""
+    """A tensor of the class that collectives return."""
     collectives = pytest.importorskip('torch.distributed._functional_collectives')
     return collectives.AsyncCollectiveTensor(x)
 
@@ -47,7 +52,7 @@ def device(request, monkeypatch):
 
 
 def calls_of(mode, device):
-    """A few calls of a mode, by the arguments that may be wrapped in each."""
+    """A few calls of a mode: arguments that may be wrapped, and other options."""
     packed = Case(4, K=8, V=8, cu_seqlens=(0, 1, 4)).of(mode)
     inputs = {name: x for name, x in make_inputs(packed, device).items() if x is not None and name not in ('do', 'dht')}
     inputs['cu_seqlens'] = torch.tensor([0, 1, 4], device=device)
@@ -64,18 +69,20 @@ def calls_of(mode, device):
 
 
 def results(mode, arguments):
-    """o, and what is written."""
+    """o, and the tensors that the call writes."""
     pools = {name: arguments[name] for name in ('initial_state', 'intermediate_states_buffer') if name in arguments}
-    plain = {name: x.inner if isinstance(x, Wrapped) else x.elem if hasattr(x, 'elem') else x for name, x in pools.items()}
+    plain = {
+        name: x.inner if isinstance(x, Wrapped) else x.elem if hasattr(x, 'elem') else x for name, x in pools.items()
+    }
     with torch.no_grad():
         o, _ = MODES[mode](**arguments)
     return [o + 0, *(x.clone() for x in plain.values())]
 
 
-@pytest.mark.parametrize('wrap', [Wrapped, wait_later])
-@pytest.mark.parametrize('mode', MODES_HERE)
+@pytest.mark.parametrize('wrap', mark_slow([Wrapped, wait_later], wait_later))
+@pytest.mark.parametrize('mode', mark_slow(MODES_HERE, 'chunk', 'fused_chunk', 'parallel'))
 def test_each_argument_may_be_wrapped(mode, wrap, device):
-    """Before and after plain calls with the same layouts."""
+    """Plain calls with the same layouts come before and after."""
     for arguments, options in calls_of(mode, device):
 
         def copies(arguments=arguments, options=options):
@@ -96,7 +103,7 @@ def test_each_argument_may_be_wrapped(mode, wrap, device):
 def test_plain_calls_are_as_quick_after_wrapped_ones(mode):
     inputs = make_inputs(Case(7, K=16, V=16))
     q, k, v, g = (inputs[name] for name in ('q', 'k', 'v', 'g'))
-    scale = 0.37  # of no other call
+    scale = 0.37  # no other call has it
     for name, x in (('q', q), ('g', g)):
         with torch.no_grad():
             MODES[mode](**{'q': q, 'k': k, 'v': v, 'g': g, 'scale': scale} | {name: Wrapped(x)})
@@ -105,7 +112,7 @@ def test_plain_calls_are_as_quick_after_wrapped_ones(mode):
     assert needs_operator(Wrapped(q)) and not plan_for(Call(q, k, Wrapped(v), g, scale=scale)).cached
 
 
-@pytest.mark.parametrize('mode', MODES_HERE)
+@pytest.mark.parametrize('mode', mark_slow(MODES_HERE, 'chunk', 'fused_recurrent'))
 def test_incoming_gradients_may_be_wrapped(mode, device):
     case = Case(20, K=16, V=16).of(mode)
     inputs = make_inputs(case, device)

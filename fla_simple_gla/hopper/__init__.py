@@ -99,8 +99,8 @@ def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
 
 
 def as_taken(do: torch.Tensor, taken: bool) -> torch.Tensor:
-    """The gradient of the output of a call that the kernels for Hopper took or not: itself, or a copy where only its layout keeps them
-    from it. The plain kernels would read it, but take twice as long.
+    """The gradient of the output of a call that the kernels for Hopper took or not: itself, or a copy where only its
+    layout keeps them from it. The plain kernels would read it, but take twice as long.
 
     A mean over tokens has such a gradient, with a stride of 0 along T.
     """

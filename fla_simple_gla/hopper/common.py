@@ -1,22 +1,28 @@
 """What the kernels for Hopper share: their tasks, rings of buffers, gates, row sums, tiles and descriptors.
 
-A kernel is cut into partitions, which run at the same time: warp groups that multiply, and single warps that load tiles, sum gates, or
-add up rows. A program takes one task after another: a head of a sequence, or of a segment of it. All partitions go through its tasks in
-the same order, chunk by chunk.
+A kernel is cut into partitions, which run at the same time: warp groups that multiply, and single warps that load
+tiles, sum gates, or add up rows. A program takes one task after another: a head of a sequence, or of a segment of it.
+All partitions go through its tasks in the same order, chunk by chunk.
 
-**Rings.** Partitions hand each other buffers in shared memory. A ring has n buffers, and to each two barriers: `full` completes when all
-producers have filled the buffer, `empty` when all consumers have read it. Whoever uses a ring goes round it with a cursor of its own:
+**Rings.** Partitions hand each other buffers in shared memory. A ring has n buffers, and to each two barriers: `full`
+completes when all producers have filled the buffer, `empty` when all consumers have read it. Whoever uses a ring goes
+round it with a cursor of its own:
 
     producer    acquire    wait until the buffer is empty, which all are in the first round
                 commit     arrive at `full`; a copy by TMA arrives by itself, when its bytes are there
     consumer    wait       wait until the buffer is full
                 release    arrive at `empty`
 
-The docstring of a kernel says who arrives at each barrier. One thread of a partition arrives, after a barrier of the partition: triton
-3.6 and 3.7 put one there if anything touched shared memory since the last, later versions always.
+The docstring of a kernel says who arrives at each barrier, and what the kernel takes of a multiprocessor: 232,448 bytes
+of shared memory and 65,536 registers. One thread of a partition arrives, after a barrier of the partition: triton 3.6
+and 3.7 put one there if anything touched shared memory since the last one, later versions always. Two arrivals of 3.6
+and 3.7 have none, where P and the tiles of dk are released right after a wait for wgmma: that wait is of the whole warp
+group. A tile that was loaded to registers is released after the use of what was loaded, since an arrival waits for no
+load (see `row_sum_partition`).
 
-**Tiles** end where a sequence ends. The descriptor of packed sequences has two more dimensions, whose offsets cancel each other modulo
-2^64, so that the bound of the dimension of tokens falls on any token (`ragged` of https://github.com/triton-lang/triton, tools).
+**Tiles** end where a sequence ends. The descriptor of packed sequences has two more dimensions, whose offsets cancel
+each other modulo 2^64, so that the bound of the dimension of tokens falls on any token (`ragged` of
+https://github.com/triton-lang/triton, tools).
 """
 
 import functools
@@ -38,13 +44,15 @@ tma_store = getattr(tma, 'async_store', None) or tma.async_copy_shared_to_global
 
 C = gl.constexpr(CHUNK_TOKENS)
 BS = gl.constexpr(64)  # columns of V to a warp group
-# Of packed sequences: the bound of the dimension of tokens, and the stride of the dimension whose offset takes it away again
+# Of packed sequences: the bound of the dimension of tokens, and the stride of the dimension whose offset takes it away
+# again
 RAGGED_END = gl.constexpr(2**30)
 RAGGED_STRIDE = 2**34
 
 
 def aggregate(cls):
-    """Decorates a class of values in kernels, whose annotations are their fields. It is called with the values of all fields, in order.
+    """Decorates a class of values in kernels, whose annotations are their fields. It is called with the values of all
+    fields, in order.
 
     Triton makes such an `__init__` by itself from 3.8 on.
     """
@@ -60,7 +68,8 @@ def aggregate(cls):
     return core._aggregate(cls)
 
 
-# Of fields: an integer, or a constant where triton specialises on its value; a pointer, or None; a tensor descriptor, or None.
+# Of fields: an integer, or a constant where triton specialises on its value; a pointer, or None; a tensor descriptor,
+# or None.
 Number = Pointer = Descriptor = object
 
 
@@ -205,7 +214,7 @@ class Work:
 
     @gluon.jit
     def tile(self, task, end, i_h, i_t, i_d):
-        """Coordinates of a tile of head i_h that begins with token i_t of a task, and column i_d. It ends before token `end`."""
+        """Coordinates of a tile of head i_h, from token i_t of a task and column i_d on. It ends before token `end`."""
         if self.cu_seqlens is None:
             return [task.i_b.to(gl.int32), 0, i_h, task.first + i_t, i_d]
         else:
@@ -226,8 +235,8 @@ class Work:
 
     @gluon.jit
     def anchor(self, task, i_c, blocks, BA: gl.constexpr):
-        """Whether there is an anchor for chunk i_c of a task (`_gates.py`), and its number. Anchor blocks are the sequence's, not the
-        task's.
+        """Whether there is an anchor for chunk i_c of a task (`_gates.py`), and its number. Anchor blocks are the
+        sequence's, not the task's.
         """
         i_c += (task.first - task.bos) // C
         last = (task.eos - task.bos + C - 1) // C - 1
@@ -258,8 +267,8 @@ class States:
 
 @aggregate
 class Gates:
-    """Of each chunk in a ring the sums of its gates `[C]`, and the decays from its start `[C]`, times the scale, to its end `[C]`, and over
-    all of it `[1]`.
+    """Of each chunk in a ring the sums of its gates `[C]`, and the decays from its start `[C]`, times the scale, to its
+    end `[C]`, and over all of it `[1]`.
     """
 
     sums: gl.shared_memory_descriptor
@@ -318,7 +327,7 @@ def gate_partition(work, gates, g, strides, scale, REVERSE: gl.constexpr):
 
 @aggregate
 class Sums:
-    """Of each chunk in a ring the partial sums of its rows, which warp groups leave: `[buffers, rows, C]`, as many buffers to a chunk."""
+    """Of each chunk in a ring partial sums of its rows, `[buffers, rows, C]`: one buffer of each warp group, or two."""
 
     partial: gl.shared_memory_descriptor
     ring: Ring
@@ -346,8 +355,8 @@ def sum_parts(partial, start, PARTS: gl.constexpr):
 def row_sum_partition(work, sums, x_o, pairs, REVERSE: gl.constexpr):
     """Rows x . o of each chunk, to `x_o [B, H, T]`. Two warps.
 
-    With `pairs [B, H, T]` there are two such o, and the buffers of a chunk are those of the first and then of the second: x_o gets the
-    rows of the first, and pairs what those of the second have more.
+    With `pairs [B, H, T]` there are two such o, and the buffers of a chunk are those of the first and then of the
+    second: x_o gets the rows of the first, and pairs what those of the second have more.
     """
     BUFFERS: gl.constexpr = sums.partial.shape[0] // sums.ring.full.shape[0]
     PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
@@ -362,12 +371,14 @@ def row_sum_partition(work, sums, x_o, pairs, REVERSE: gl.constexpr):
             r = gl.arange(0, C, b_x.type.layout)
             o_x = (task.i_b * work.H + task.i_h) * work.T + task.first + i_t + r
             mask = r < task.end - task.first - i_t
-            # A buffer is released after something that needs what was read of it. An arrival does not wait for the loads before it:
-            # where x was released right after them, its sums were now and then those of the next tile, which TMA had put there
-            # meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the barrier and the arrival).
+            # A buffer is released after something that needs what was read of it. An arrival does not wait for the
+            # loads before it: where x was released right after them, its sums were now and then those of the next tile,
+            # which TMA had put there meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the
+            # barrier and the arrival).
             gl.store(x_o + o_x, b_x, mask=mask)
             if pairs is not None:
-                gl.store(pairs + o_x, gl.sum(sum_parts(sums.partial, at.i * BUFFERS + PARTS, PARTS), 0) - b_x, mask=mask)
+                b_all = gl.sum(sum_parts(sums.partial, at.i * BUFFERS + PARTS, PARTS), 0)
+                gl.store(pairs + o_x, b_all - b_x, mask=mask)
             sums.ring.release(at)
             at = sums.ring.after(at)
 
@@ -381,8 +392,9 @@ def fragment_indices(n: gl.constexpr):
 
 @gluon.jit
 def to_fragments(x):
-    """`x [64, N]`, in the layout of a product, as `[128, N // 2]`: row t is what thread t holds of it, the 8 numbers of a tile of 16 x 16
-    side by side, those of its first 8 columns before the others, and of these those of its first 8 rows.
+    """`x [64, N]`, in the layout of a product, as `[128, N // 2]`: row t is what thread t holds of it, the 8 numbers of
+    a tile of 16 x 16 side by side, those of its first 8 columns before the others, and of these those of its first 8
+    rows.
     """
     n: gl.constexpr = x.shape[1] // 2
     # warp, which 8 rows, row; which 16 columns, which 8, pair, number

@@ -1,17 +1,18 @@
-"""The sweeps for o and dq on Hopper, K and V up to 128: every warp group has a job of its own, and the tensor cores wait for none.
+"""The sweeps for o and dq on Hopper, K and V up to 128: every warp group has a job of its own, and the tensor cores
+wait for none.
 
 One program to a multiprocessor takes one head of a sequence, or of a segment of it, after another. Its partitions:
 
     load_partition      1 warp             brings tiles of the next chunks to shared memory (TMA)
     gate_partition      1 warp             sums the gates of the next chunks, and makes the decays
-    product_partition   4 warps            makes the products inside a chunk, P_ij = scale * exp(c_i - c_j) (q_i . k_j) for i >= j
-    state_partition     4 warps, 1 or 2    keeps 64 columns of the state in registers, transposed, and adds up these columns of o
+    product_partition   4 warps            makes P_ij = scale * exp(c_i - c_j) (q_i . k_j) of pairs i >= j in a chunk
+    state_partition     4 warps, 1 or 2    keeps 64 columns of the state in registers, transposed, and makes these of o
     row_sum_partition   2 warps            adds up the rows of x . o, where dg is wanted
 
 The state is transposed so that it feeds the tensor cores from the registers of the warp group that keeps it.
 
-`fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the carried states add to
-q . dq, and the products of the pairs inside a chunk,
+`fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the
+carried states add to q . dq, and the products of the pairs inside a chunk,
 
     A_ij = scale * exp(c_i - c_j) (q_i . k_j) (do_i . v_j)        for i > j
 
@@ -124,7 +125,7 @@ def load_partition(s):
 
 @gluon.jit
 def product_partition(s, scale, y):
-    """P of each chunk, and the sums of A: those over i in registers, those over j through `row_sum_partition`."""
+    """P of each chunk, and the sums of A: it stores those over j, and leaves those over i to `row_sum_partition`."""
     work = s.work
     H: gl.constexpr = work.H
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
@@ -210,7 +211,8 @@ def state_partition(s, W: gl.constexpr):
                 if wanted:
                     # the reverse sweep holds the state the other way round
                     b_a = gl.inline_asm_elementwise(
-                        'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;', '=r,r', [b_h], dtype=b_h.dtype, is_pure=False, pack=2
+                        'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;', '=r,r', [b_h],
+                        dtype=b_h.dtype, is_pure=False, pack=2,
                     )  # fmt: skip
                     t, x = fragment_indices(BK // 2)
                     tile_16 = x // 8 * (BK // 16) + W * (BS // 16) + t // 32
@@ -220,7 +222,8 @@ def state_partition(s, W: gl.constexpr):
             # a wait on what is done: without it ptxas puts one of its own before the product with the decay (C7517)
             b_s = warpgroup_mma_wait(0, (b_s,))
             b_o = warpgroup_mma(
-                b_h, s.qs.index(at.i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o), use_acc=False, is_async=True
+                b_h, s.qs.index(at.i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
+                use_acc=False, is_async=True,
             )  # fmt: skip
             b_v = s.vs.index(at.i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
             s.gates.ring.wait(at_p)
@@ -308,8 +311,15 @@ def hopper_sweep_kernel(
         x              X_STAGES: x                load, by TMA                each state, products
         sums           SUMS: partial row sums     each state, products        row sums
 
-    `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of the chunk. Without
-    x it does not release tiles: each state does after it has waited for P, which was made of them.
+    As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
+    stored and loaded:
+
+        D     o                   dq with x
+        64    109,268    28, 28   108,608   128, 160    two programs to a multiprocessor
+        128   191,240    64, 60   224,168    48,  72
+
+    `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
+    the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.
     """
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
@@ -339,8 +349,9 @@ def hopper_sweep_kernel(
 
     work = Work(cu_seqlens, indices, tasks, N, T, P, segment, H, SEGMENTS)
     s = Sweep(
-        work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v), anchors, anchor_blocks,
-        desc_q, desc_k, desc_v, desc_o, desc_x, qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
+        work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
+        anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
+        qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
         GQ, GV, K, V, BA, X,
     )  # fmt: skip
     of_g = (work, gates, g, (g_b, g_t, g_h), scale, False)
@@ -354,7 +365,8 @@ def hopper_sweep_kernel(
                 (gate_partition, of_g),
                 (load_partition, (s,)),
                 (row_sum_partition, of_sums),
-            ], [4, 4, 1, 1, 2], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+            ], [4, 4, 1, 1, 2],
+            [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
                 (state_partition, (s, 0)),
@@ -381,8 +393,9 @@ def hopper_sweep_kernel(
 
 
 class Config(NamedTuple):
-    """Buffers of each ring, programs to a multiprocessor, and registers to a thread: of the states, of the products (of one state
-    partition there is no second, and the states' are the kernel's own), of the others, and the most of the kernel as ptxas sees it.
+    """Buffers of each ring, programs to a multiprocessor, and registers to a thread: of the states, of the products (of
+    one state partition there is no second, and the states' are the kernel's own), of the others, and the most of the
+    kernel as ptxas sees it.
     """
 
     stages: int
@@ -396,8 +409,8 @@ class Config(NamedTuple):
     most_registers: int
 
 
-# By dim, and whether the sweep leaves what dg needs. The registers of all warp groups are 64 K, or half of that where two programs share a
-# multiprocessor; with fewer for the states ptxas puts a wait after every product (C7512).
+# By dim, and whether the sweep leaves what dg needs. The registers of all warp groups are 64 K, or half of that where
+# two programs share a multiprocessor; with fewer for the states ptxas puts a wait after every product (C7512).
 CONFIGS = {
     (64, False): Config(3, 1, 3, 1, 2, 144, 64, 32, 80),
     (64, True): Config(2, 2, 2, 1, 2, 144, 72, 24, 80),
@@ -434,9 +447,9 @@ def launch_sweep(tensors, setting: Setting):
 
 
 def sweep(operands: Operands, setting: Setting):
-    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and with x what dg needs:
-    the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A over i, and those over j,
-    `y [1, B, H, T]`, negative.
+    """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
+    with x what dg needs: the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A
+    over i, and those over j, `y [1, B, H, T]`, negative.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, _, V = operands.sizes()

@@ -1,0 +1,63 @@
+"""Segments of the chunk mode: how many there are, and which tokens they do not summarise."""
+
+import pytest
+import torch
+from harness import DEVICE, HALF, TOLERANCE, D, mark_slow, rms_error, segments_of
+
+from fla_simple_gla import chunk_simple_gla, naive_chunk_simple_gla
+from fla_simple_gla._cache import Cache
+
+
+def test_how_many_segments(monkeypatch):
+    """As many as fill the GPU. One, if the sequences and heads fill it."""
+    from fla_simple_gla import chunk, fused_chunk
+
+    monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
+    monkeypatch.setattr(chunk, 'exists', lambda device: True)
+    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
+
+    def segments(B, T, H, D, sequences=None, specialized=False):
+        device = torch.device('cuda', 0)
+        config = fused_chunk.sweep_config.__wrapped__(D, D, torch.bfloat16, device)
+        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, config, device, specialized, sequences)
+        assert tokens is None or tokens % 128 == 0
+        return 1 if tokens is None else -(-T // tokens)
+
+    assert segments(4, 4096, 64, 128) == 1
+    assert segments(1, 8192, 96, 128) == 1
+    assert segments(1, 100, 1, 64) == 1
+    # A segment has 16 programs, and 264 programs run at once.
+    assert 14 <= segments(1, 131072, 8, 128) <= 16
+    assert segments(2, 16384, 16, 128) == 4
+    assert segments(1, 1_000_000, 4, 64) > 60
+    # A program of the sweeps for Hopper takes a whole multiprocessor.
+    assert segments(4, 4096, 64, 128, specialized=True) == 1
+    assert segments(1, 131072, 8, 128, specialized=True) == 16
+    assert segments(2, 16384, 16, 128, specialized=True) == 4
+    # Here halves would save less time than their launches take.
+    assert segments(4, 2048, 16, 128, specialized=True) == 1
+    assert segments(8, 1024, 8, 64, specialized=True) == 1
+    # Packed sequences are cut as one sequence of that length is, unless they are many and short.
+    assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
+    assert segments(1, 131072, 8, 128, 2000) == 1
+
+
+@pytest.mark.parametrize('dtype', mark_slow([torch.float32, HALF], HALF), ids=str)
+def test_what_has_decayed_is_not_summarised(dtype):
+    """NaN of a token does not reach the other segment if the token has decayed to zero there, forward and backward."""
+    torch.manual_seed(0)
+    q, k, v, do = (x.to(DEVICE, dtype) for x in torch.randn(4, 1, 1280, 1, D))
+    g = torch.full((1, 1280, 1), -0.5, device=DEVICE)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, _ = naive_chunk_simple_gla(*leaves, g.double())
+    _, *expected_gradients = torch.autograd.grad(expected, leaves, do.double())
+    k[:, 100] = do[:, 1180] = float('nan')
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with segments_of(640, Cache(1000)):
+        o, _ = chunk_simple_gla(*leaves, g)
+    _, *gradients = torch.autograd.grad(o, leaves, do)
+    assert o[:, 100:640].isnan().any()
+    assert rms_error(o[:, 640:], expected[:, 640:]) < TOLERANCE[dtype][0]
+    for found, exact in zip(gradients, expected_gradients):
+        assert found[:, 640:].isnan().any()
+        assert rms_error(found[:, 200:640], exact[:, 200:640]) < TOLERANCE[dtype][0]
