@@ -1,8 +1,8 @@
 """Compare the outputs and gradients of this checkout with those of another, bit by bit, over a table of cases.
 
-    python benchmarks/same_bits.py OTHER_CHECKOUT
+    python benchmarks/same_bits.py OTHER_CHECKOUT [--jobs N]
 
-A change that is not to change results is right if every line says "same". Each checkout runs in a process of its own,
+A change that is not to change results is right if every line says "same". The checkouts run in processes of their own,
 on the same inputs; segments are cut as they are for users. Exit status 1 where any bit differs.
 """
 
@@ -96,41 +96,58 @@ def digests(tensors: dict) -> dict[str, str]:
     }
 
 
-def run_all() -> None:
-    for mode, case in itertools.product(MODES, cases()):
-        if case['pool'] and mode == 'parallel' or case['T'] > 4096 and mode != 'chunk':
-            continue
-        print(json.dumps([mode, case, results(mode, case)]), flush=True)
+def calls() -> list[tuple[str, dict]]:
+    found = itertools.product(MODES, cases())
+    return [
+        (mode, case)
+        for mode, case in found
+        if not (case['pool'] and mode == 'parallel' or case['T'] > 4096 and mode != 'chunk')
+    ]
 
 
-def lines_of(checkout: pathlib.Path) -> list:
-    command = [sys.executable, __file__, '--run']
+def start(checkout: pathlib.Path, job: int, jobs: int) -> subprocess.Popen:
+    """A process with its share of the calls."""
+    command = [sys.executable, __file__, '--job', str(job), '--jobs', str(jobs)]
     environment = os.environ | {'PYTHONPATH': str(checkout)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
-    if result.returncode:
-        sys.exit(result.stderr)
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
+
+
+def digests_of(processes: list[subprocess.Popen]) -> list[dict]:
+    """The digests of all calls, in their order."""
+    found = [None] * len(calls())
+    for process in processes:
+        for line in process.communicate()[0].splitlines():
+            i, result = json.loads(line)
+            found[i] = result
+        if process.returncode:
+            sys.exit(f'a process ended with {process.returncode}')
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('other', type=pathlib.Path, nargs='?', help='a checkout of another commit')
-    parser.add_argument('--run', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--jobs', type=int, default=4, help='processes to each checkout, default 4')
+    parser.add_argument('--job', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run:
-        return run_all()
+    if args.job is not None:
+        for i, (mode, case) in enumerate(calls()):
+            if i % args.jobs == args.job:
+                print(json.dumps([i, results(mode, case)]), flush=True)
+        return
     if args.other is None:
         parser.error('which other checkout?')
-    others, ours = lines_of(args.other.resolve()), lines_of(HERE)
-    assert [line[:2] for line in others] == [line[:2] for line in ours]
-    different = 0
-    for (mode, case, old), (_, _, new) in zip(others, ours):
-        names = [name for name in new if old.get(name) != new[name]]
+    checkouts = args.other.resolve(), HERE
+    olds, news = [[start(checkout, job, args.jobs) for job in range(args.jobs)] for checkout in checkouts]
+    different = count = 0
+    for (mode, case), old, new in zip(calls(), digests_of(olds), digests_of(news)):
+        assert old.keys() == new.keys()
+        names = [name for name in new if old[name] != new[name]]
         different += bool(names)
+        count += len(new)
         shown = ' '.join(f'{name}={value}' for name, value in case.items())
         print(f'{"DIFFERENT in " + ", ".join(names) if names else "same"}: {mode} {shown}')
-    count = sum(len(new) for _, _, new in ours)
-    print(f'{len(ours)} calls, {count} tensors: {different} calls differ')
+    print(f'{len(calls())} calls, {count} tensors: {different} calls differ')
     sys.exit(different > 0)
 
 

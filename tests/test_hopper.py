@@ -5,18 +5,15 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import DEVICE, GPU, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
+from harness import DEVICE, GPU, HALF, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
 
 from fla_simple_gla import chunk, fused_chunk, hopper, parallel
 from fla_simple_gla._cache import Cache
-from fla_simple_gla._gates import anchor_tokens
 from fla_simple_gla._layout import is_hopper
 from fla_simple_gla._plans import Inputs, Options, Plan
 from fla_simple_gla._triton import why_not
 from fla_simple_gla.hopper import Sweeps, attention_for, sweeps_for, sweeps_of, takes, why_no_sweeps
 
-HALF = torch.bfloat16 if GPU else torch.float16
-D = 64 if GPU else 16
 on_hopper = pytest.mark.skipif(not GPU or not is_hopper(torch.device('cuda')), reason='for Hopper GPUs')
 
 
@@ -153,27 +150,9 @@ def test_which_gradients_are_copied_for_the_kernels_for_hopper(mode, layout, mon
 @pytest.mark.parametrize('on', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
 def test_sweeps_are_cut_alike_by_tma_and_by_pointers_and_both_ways(dtype, on, monkeypatch):
-    """One sum of gates is for all sweeps of a call, of states `[K, V]` and `[V, K]`, and memory for dg is laid out before rows are seen."""
+    """All sweeps of a call, of states `[K, V]` and `[V, K]`, read one sum of gates. Memory for dg is laid out first."""
     monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: on)
     for K, V in itertools.product((1, 64, 100, 128, 200, 256, 300, 512), repeat=2):
         configs = [fused_chunk.sweep_config.__wrapped__(K, V, dtype, torch.device('cpu'), tma) for tma in (True, False)]
         turned = fused_chunk.sweep_config.__wrapped__(V, K, dtype, torch.device('cpu'))
         assert len({config.BT for config in (*configs, turned)}) == len({config.BV for config in configs}) == 1
-
-
-def test_anchors_fit_into_segments():
-    assert [anchor_tokens(None, at_most) for at_most in (384, 256)] == [384, 256]
-    assert [anchor_tokens(segment, 384) for segment in (128, 256, 384, 640, 768, 1024)] == [128, 256, 384, 128, 384, 256]
-    assert [anchor_tokens(segment, at_most) for segment in (4096, 8192) for at_most in (384, 256)] == [384, 256] * 2
-    assert anchor_tokens(768, 256) == 256
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
-def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
-    """As in long segments, whose length no anchor block need divide."""
-    monkeypatch.setattr(fused_chunk, 'anchor_tokens', lambda *_: 384)
-    launch_by_triton(monkeypatch)
-    for case in (Case(500, K=D, V=D, dtype=dtype), Case(700, K=D, V=D, dtype=dtype, cu_seqlens=(0, 385, 385, 400, 690), memory=100)):
-        inputs = make_inputs(case)
-        check(case, run(MODES['segments'], case, inputs), reference(case, inputs))

@@ -5,10 +5,12 @@ import torch
 from harness import (
     DEVICE,
     GPU,
+    HALF,
     MODES,
     STATEFUL,
     TOLERANCE,
     Case,
+    D,
     make_inputs,
     mark_slow,
     place,
@@ -20,25 +22,33 @@ from fla_simple_gla import fused_recurrent_simple_gla, naive_recurrent_simple_gl
 from fla_simple_gla._cache import Cache
 from fla_simple_gla.hopper import sweeps_of
 
-HALF = torch.bfloat16 if GPU else torch.float16
-D = 64 if GPU else 16
 SLOTS = 9
 INDICES = [(5, -1, 0, 2), (8, 3, 1, 0), (-1, -1, -1, 4)]
 
 CASES = [
-    Case(1, B=4, K=D, V=D), Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True), Case(3, B=4, K=D, V=D, state_dtype=HALF),
-    Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'), Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
-    Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D), Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
-    Case(3, B=4, K=D, V=D, state_dtype=HALF, state_v_first=True, layout='wide'), Case(2, B=4, K=24, V=41, state_dtype=HALF, layout='odd'),
-    Case(6, B=4, K=D, V=D, H=4, HK=2, reverse=True), Case(30, cu_seqlens=(0, 5, 5, 19, 27), K=D, V=24, reverse=True, state_dtype=HALF),
-]  # fmt: skip
+    Case(1, B=4, K=D, V=D),
+    Case(5, B=4, K=24, V=40, H=4, HK=2, state_v_first=True),
+    Case(3, B=4, K=D, V=D, state_dtype=HALF),
+    Case(40, B=4, K=D, V=D, state_dtype=torch.float16, gate='gamma'),
+    Case(150, B=4, K=D, V=D, dtype=HALF, state_v_first=True),
+    Case(40, cu_seqlens=(0, 20, 21, 21, 33), K=D, V=D),
+    Case(30, cu_seqlens=(0, 1, 2, 9, 30), K=D, V=D, dtype=HALF, gate=None),
+    Case(3, B=4, K=D, V=D, state_dtype=HALF, state_v_first=True, layout='wide'),
+    Case(2, B=4, K=24, V=41, state_dtype=HALF, layout='odd'),
+    Case(6, B=4, K=D, V=D, H=4, HK=2, reverse=True),
+    Case(30, cu_seqlens=(0, 5, 5, 19, 27), K=D, V=24, reverse=True, state_dtype=HALF),
+]
 # dims and lengths of other kernels and configurations
 LARGE_CASES = [
     *(
         Case(300, B=4, K=K, V=V, dtype=HALF, state_v_first=v_first)
         for K, V, v_first in ((128, 128, False), (256, 256, True), (64, 128, True), (512, 64, False), (512, 40, True))
     ),
-    *(Case(4, B=4, K=128, V=V, state_dtype=HALF, state_v_first=v_first) for V in (128, 127) for v_first in (False, True)),
+    *(
+        Case(4, B=4, K=128, V=V, state_dtype=HALF, state_v_first=v_first)
+        for V in (128, 127)
+        for v_first in (False, True)
+    ),
     *(
         Case(700, cu_seqlens=(0, 300, 301, 301, 690), K=K, V=V, dtype=HALF, state_dtype=dtype)
         for K, V, dtype in ((64, 64, HALF), (128, 128, HALF), (256, 200, torch.float32))
@@ -58,56 +68,68 @@ def outside(case, padding):
     return slice(None), [*tokens, *range(bounds[-1], case.T)]
 
 
-def check_pool(mode, case, indices, buffer=None):
-    """A call against naive in fp64, from h0 gathered and with nothing in place; padding and the slots that are not named are NaN.
+def make_pool(case: Case, indices: tuple[int, ...], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool of SLOTS states, in which those that are not named are NaN; and all of the memory that it lies in."""
+    shape = (case.H, case.V, case.K) if case.state_v_first else (case.H, case.K, case.V)
+    # one more in front, which is where a slot -1 would be
+    whole = torch.randn(1 + SLOTS, *shape, generator=torch.Generator().manual_seed(1))
+    whole = place(whole.to(device, case.state_dtype), case.layout)
+    whole[[0, *(1 + i for i in range(SLOTS) if i not in indices)]] = float('nan')
+    # rows may be parts of wider ones
+    return whole[1:], whole if whole._base is None else whole._base
 
-    With a dtype for a buffer the states behind every token are asked for too.
+
+def expected_in_pool(case: Case, inputs: dict, h0: torch.Tensor, cu_seqlens: torch.Tensor | None):
+    """o, the final states, and those after every token, of naive in fp64 from h0."""
+    precise = {name: None if x is None else x.double() for name, x in inputs.items()}
+    q = precise['q']
+    states = torch.empty(*q.shape[:2], case.H, case.K, case.V, dtype=torch.float64, device=q.device)
+    o, ht = naive_recurrent_simple_gla(
+        *(precise[name] for name in ('q', 'k', 'v', 'g')),
+        initial_state=h0.mT if case.state_v_first else h0,
+        g_gamma=precise['g_gamma'],
+        cu_seqlens=cu_seqlens,
+        intermediate_states_buffer=states,
+        reverse=case.reverse,
+    )
+    return o, *(x.mT if case.state_v_first else x for x in (ht, states))
+
+
+def check_pool(mode, case, indices, buffer=None):
+    """A call against naive in fp64, from h0 gathered and with nothing in place. Padding is NaN.
+
+    With a dtype for a buffer, the states after every token are asked for too.
     """
     device = 'cpu' if mode.startswith('cpu') else DEVICE
     inputs = make_inputs(case, device)
-    q, k, v, g, gamma = (inputs[name] for name in ('q', 'k', 'v', 'g', 'g_gamma'))
-    shape = (case.H, case.V, case.K) if case.state_v_first else (case.H, case.K, case.V)
-    # one more in front, which is where a slot -1 would be
-    whole = place(torch.randn(1 + SLOTS, *shape, generator=torch.Generator().manual_seed(1)).to(device, case.state_dtype), case.layout)
-    pool = whole[1:]
-    whole[[0, *(1 + i for i in range(SLOTS) if i not in indices)]] = float('nan')
-    # all of the memory, where rows are parts of wider ones
-    memory = whole if whole._base is None else whole._base
+    pool, memory = make_pool(case, indices, device)
     before = memory.clone()
     slots = torch.tensor(indices, device=device, dtype=torch.int32 if case.T % 2 else torch.int64)
     named = slots >= 0
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
     h0 = pool[slots.clamp_min(0).long()].double().nan_to_num()
-    states = torch.empty(*q.shape[:2], case.H, case.K, case.V, dtype=torch.float64, device=device)
-    expected, ht = naive_recurrent_simple_gla(
-        *(None if x is None else x.double() for x in (q, k, v, g)), initial_state=h0.mT if case.state_v_first else h0,
-        g_gamma=None if gamma is None else gamma.double(), cu_seqlens=cu_seqlens, intermediate_states_buffer=states,
-        reverse=case.reverse,
-    )
+    expected, ht, states = expected_in_pool(case, inputs, h0, cu_seqlens)
     rows = outside(case, ~named)
     expected[rows] = 0
-    for x in (q, k, v, g):
-        if x is not None:
-            x[rows] = float('nan')
-    ht = ht.mT if case.state_v_first else ht
+    tokens = {name: inputs[name] for name in ('q', 'k', 'v', 'g') if inputs[name] is not None}
+    for x in tokens.values():
+        x[rows] = float('nan')
 
     options = {'reverse': True} if case.reverse else {}
     if buffer is not None:
-        states = states.mT if case.state_v_first else states
         options['intermediate_states_buffer'] = torch.full(states.shape, 7.0, dtype=buffer, device=device)
+    states_in = dict(initial_state=pool, state_v_first=case.state_v_first, state_indices=slots)
     with torch.no_grad(), poisoned_memory():
         o, final_state = MODES_HERE[mode](
-            q, k, v, g, g_gamma=gamma, initial_state=pool, state_v_first=case.state_v_first, cu_seqlens=cu_seqlens, state_indices=slots,
-            **options,
+            **tokens, g_gamma=inputs['g_gamma'], cu_seqlens=cu_seqlens, **states_in, **options
         )
     assert final_state is pool
     tolerance = TOLERANCE[case.dtype][0]
     assert (o[rows] == 0).all()
     assert rms_error(o, expected) <= tolerance
+    eps = torch.finfo(case.state_dtype).eps
     # the recurrent mode rounds no state but where it is stored, once: an RMS error of about 0.21 eps
-    of_state = max(1e-5, torch.finfo(case.state_dtype).eps / 4) if 'fused_recurrent' in mode else max(
-        tolerance, torch.finfo(case.state_dtype).eps / 2
-    )
+    of_state = max(1e-5, eps / 4) if 'fused_recurrent' in mode else max(tolerance, eps / 2)
     slots = slots[named].long()
     assert rms_error(pool[slots], ht[named]) <= of_state
     if buffer is not None:
@@ -124,7 +146,8 @@ def check_pool(mode, case, indices, buffer=None):
     'mode, case',
     [
         pytest.param(mode, case, id=f'{mode}-{case}')
-        for mode in MODES_HERE for case in CASES + (LARGE_CASES if GPU and not mode.startswith('cpu') else [])
+        for mode in MODES_HERE
+        for case in CASES + (LARGE_CASES if GPU and not mode.startswith('cpu') else [])
         if 'fused_recurrent' in mode or not case.reverse
     ],
 )
@@ -136,7 +159,9 @@ def test_states_in_a_pool(mode, indices, case, monkeypatch):
     check_pool(mode, case, indices, buffers.get(indices))
 
 
-@pytest.mark.skipif(not GPU or sweeps_of(64, 64, HALF, torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper')
+@pytest.mark.skipif(
+    not GPU or sweeps_of(64, 64, HALF, torch.device(DEVICE)) is None, reason='needs the sweeps for Hopper'
+)
 @pytest.mark.parametrize('case', [case for case in LARGE_CASES if case.dtype == HALF and case.K <= 256], ids=str)
 @pytest.mark.parametrize('mode', ['segments', 'fused_chunk'])
 def test_padding_between_sequences_of_one_program(mode, case, monkeypatch):
@@ -156,13 +181,13 @@ def test_a_pool_without_slots(mode, monkeypatch):
     inputs = make_inputs(Case(3, B=2), device)
     slots = torch.tensor([-1, -1], device=device)
     with poisoned_memory():
-        o, _ = MODES_HERE[mode](
-            *(inputs[x] for x in ('q', 'k', 'v', 'g')), initial_state=torch.empty(0, 2, 16, 16, device=device), state_indices=slots,
-        )
+        pool = torch.empty(0, 2, 16, 16, device=device)
+        tokens = {name: inputs[name] for name in ('q', 'k', 'v', 'g')}
+        o, _ = MODES_HERE[mode](**tokens, initial_state=pool, state_indices=slots)
     assert (o == 0).all()
 
 
-def test_states_behind_every_token_without_a_pool():
+def test_states_after_every_token_without_a_pool():
     """And in a buffer with other strides."""
     case = Case(7, B=2, K=D, V=24)
     inputs = make_inputs(case)

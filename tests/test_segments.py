@@ -1,17 +1,31 @@
-"""Segments of the chunk mode: how many there are, and which tokens they do not summarise."""
+"""Segments of the chunk mode: how many there are, which tokens they do not summarise, and anchor blocks in them."""
 
 import pytest
 import torch
-from harness import DEVICE, HALF, TOLERANCE, D, mark_slow, rms_error, segments_of
+from harness import (
+    DEVICE,
+    HALF,
+    MODES,
+    TOLERANCE,
+    Case,
+    D,
+    check,
+    launch_by_triton,
+    make_inputs,
+    mark_slow,
+    reference,
+    rms_error,
+    run,
+    segments_of,
+)
 
-from fla_simple_gla import chunk_simple_gla, naive_chunk_simple_gla
+from fla_simple_gla import chunk, chunk_simple_gla, fused_chunk, naive_chunk_simple_gla
 from fla_simple_gla._cache import Cache
+from fla_simple_gla._gates import anchor_tokens
 
 
 def test_how_many_segments(monkeypatch):
     """As many as fill the GPU. One, if the sequences and heads fill it."""
-    from fla_simple_gla import chunk, fused_chunk
-
     monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
     monkeypatch.setattr(chunk, 'exists', lambda device: True)
     monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
@@ -61,3 +75,23 @@ def test_what_has_decayed_is_not_summarised(dtype):
     for found, exact in zip(gradients, expected_gradients):
         assert found[:, 640:].isnan().any()
         assert rms_error(found[:, 200:640], exact[:, 200:640]) < TOLERANCE[dtype][0]
+
+
+def test_anchors_fit_into_segments():
+    assert [anchor_tokens(None, at_most) for at_most in (384, 256)] == [384, 256]
+    segments = (128, 256, 384, 640, 768, 1024)
+    assert [anchor_tokens(segment, 384) for segment in segments] == [128, 256, 384, 128, 384, 256]
+    assert [anchor_tokens(segment, at_most) for segment in (4096, 8192) for at_most in (384, 256)] == [384, 256] * 2
+    assert anchor_tokens(768, 256) == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.float32, HALF], ids=str)
+def test_anchor_blocks_of_several_segments(dtype, monkeypatch):
+    """As in long segments, whose length no anchor block need divide."""
+    monkeypatch.setattr(fused_chunk, 'anchor_tokens', lambda *_: 384)
+    launch_by_triton(monkeypatch)
+    packed = dict(cu_seqlens=(0, 385, 385, 400, 690), memory=100)
+    for case in (Case(500, K=D, V=D, dtype=dtype), Case(700, K=D, V=D, dtype=dtype, **packed)):
+        inputs = make_inputs(case)
+        check(case, run(MODES['segments'], case, inputs), reference(case, inputs))
