@@ -17,6 +17,8 @@ from unittest import mock
 
 import pytest
 
+from fla_simple_gla._triton import why_not
+
 ROOT = pathlib.Path(__file__).parent.parent
 STACK = 1024  # bytes
 SHARED = {80: 99 * 1024, 90: 227 * 1024}  # the least of the GPUs that run the code of an architecture; sm_86 has 99 KiB
@@ -40,6 +42,22 @@ def test_stack_and_shared_memory():
     assert len(rows) == len(entries()) and result.returncode == 0, result.stdout + result.stderr
     for name, arch, stack, shared in rows:
         assert int(stack) <= STACK and int(shared) <= SHARED[int(arch)], (name, stack, shared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('call', ['chunk bfloat16 D 128 packed', 'parallel bfloat16 D 128 packed'])
+def test_kernels_for_hopper_fit_and_are_not_serialised(call):
+    """No warning of ptxas that every product of the tensor cores is waited for, and no more than the shared memory."""
+    if cuobjdump() is None or why_not('hopper'):
+        pytest.skip('the kernels for Hopper are off with this version of triton')
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    environment |= {'PYTHONPATH': str(ROOT), 'TRITON_DEFAULT_FP_FUSION': '1'}
+    command = [sys.executable, ROOT / 'benchmarks' / 'kernels.py', '--match', call]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    rows = re.findall(r'^simple_gla_hopper_\w+ .*$', result.stdout, re.MULTILINE)
+    assert len(rows) >= 3 and result.returncode == 0, result.stdout + result.stderr
+    for row in rows:
+        assert 'C75' not in row and int(row.split()[-1]) <= SHARED[90], row
 
 
 def entries() -> list[tuple]:
