@@ -485,8 +485,8 @@ def chunk_simple_gla(
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h //
-            (H // HK)`.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+            `h // (H // HK)`.
         g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
             A positive gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.

@@ -384,8 +384,8 @@ def launch_sweep(tensors, setting):
 def sweep(operands: Operands, setting: Setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
     three that are None without x. Forward in time, with x, the first is the rows `x . o [NV, B, H, T]`. Back in time
-    these have two parts, of the carried state and of pairs inside a chunk, and the third is `<anchor, state> [NV,
-    blocks + N, H]`, for anchor blocks of BA tokens.
+    these have two parts, of the carried state and of pairs inside a chunk, and the third is
+    `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
     """
     q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
@@ -533,8 +533,8 @@ def fused_chunk_simple_gla(
     Args:
         q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head `h //
-            (H // HK)`.
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+            `h // (H // HK)`.
         g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
             A positive gate is allowed as long as all decays and the result are finite in fp32.
         g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.

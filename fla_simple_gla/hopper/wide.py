@@ -541,8 +541,9 @@ def anchor_size(K: int, V: int) -> int:
 def sweep(operands: Operands, setting: Setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
     with x what dg needs (`_gates.py`), else None three times: forward in time the rows `x . o [halves, B, H, T]`; back
-    in time these in two parts, of the carried state and of pairs inside a chunk, and `<anchor, state> [8 * halves,
-    anchor blocks + N, H]`, one of each warp. The halves are those of V, one where V is up to 128.
+    in time these in two parts, of the carried state and of pairs inside a chunk, and
+    `<anchor, state> [8 * halves, anchor blocks + N, H]`, one of each warp. The halves are those of V, one where V is up
+    to 128.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, _, V = operands.sizes()
