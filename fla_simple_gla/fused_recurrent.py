@@ -49,10 +49,10 @@ ANCHOR_TOKENS = 1024
 
 WARP_THREADS = 32
 
-# Of a pool, a program takes so much of a state; `recurrence_config` says why.
-COLUMNS_BYTES = 4096  # where K is contiguous: of whole columns
-ROW_BYTES = 256  # where V is contiguous: of every row, with at most `POOL_WARPS` warps
-POOL_WARPS = 4
+# How much of a state in a pool one program takes. `recurrence_config` says why.
+COLUMNS_BYTES = 4096  # where K is contiguous: whole columns of so many bytes together
+ROW_BYTES = 256  # where V is contiguous: so much of every row
+POOL_WARPS = 4  # at most, where V is contiguous
 
 
 @jit

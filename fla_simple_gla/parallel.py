@@ -142,8 +142,8 @@ def products(
     else:
         b_p = tl.zeros([BT, BT], tl.float32)
         if K > 2 * BK and P is not None:
-            # In fp32 the loop is not unrolled: then the compiler would keep all rows of q in registers from tile to tile,
-            # which takes 6 KB of stack to a thread (D 512, sm_80).
+            # In fp32 the loop is not unrolled. If it were, the compiler would keep all rows of q in registers from tile
+            # to tile, which takes 6 KB of stack to a thread (D 512, sm_80).
             for i in tl.range(0, K, BK, num_stages=1):
                 b_qi = load_rows(r_q, q_t, L, i_q, i, K, BT, BK, TMA)
                 b_ki = load_rows(r_k, k_t, L, i_k, i, K, BT, BK, TMA)
@@ -392,7 +392,7 @@ class AttentionConfig(NamedTuple):
     stages: int
 
 
-# By the bytes of an input number and the dim, at least 64 and rounded up to a power of two; for Hopper and for all else.
+# By the bytes of an input number and the dim, rounded up to a power of two from 64 on; for Hopper and everything else.
 #
 # Hopper, measured on one H200 (triton 3.6), ms of the runs for o, dq, dk and dv:
 #   bf16, D 128, B4 T2048 H16   BT 64, BV 128, 4 warps, 3 stages             0.20 0.25 0.21 0.20
