@@ -36,7 +36,7 @@ import torch
 from ._blocks import count_blocks, count_numbers, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
-from ._layout import cdiv, next_power_of_2, transposed
+from ._layout import cdiv, next_power_of_2, strides, transposed
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
@@ -96,6 +96,7 @@ def recurrent_kernel(
     so_n, so_h,
     s_b, s_t, s_h,
     part,  # B * H * T
+    ROLE: tl.constexpr,  # what the run makes: the kernel's name tells it
     H: tl.constexpr,
     GQ: tl.constexpr,
     GV: tl.constexpr,
@@ -263,7 +264,16 @@ class Operands(NamedTuple):
         return B, T, max(HQ, HV), K, V
 
 
-def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: bool = False):
+class Setting(NamedTuple):
+    """How a run goes: all that a launch depends on beside the layouts of its tensors."""
+
+    scale: float
+    reverse: bool
+    adjoint: bool = False
+    role: str = 'o'  # what the run makes, which its kernel's name tells
+
+
+def run_recurrence(operands: Operands, setting: Setting):
     """One run: `o`; and with x, for dg, `w [NV, B, H, T]` or, as adjoint, `dg [NV, B, T, H]`; else None."""
     q, k, v, g, state_in, state_out, states, x, w, anchors, cu_seqlens, indices = operands
     B, T, H, K, V = operands.sizes()
@@ -271,13 +281,13 @@ def run_recurrence(operands: Operands, scale: float, reverse: bool, adjoint: boo
     left = dg = None
     if x is not None:
         NV = cdiv(V, recurrence_config(K, V, None).BV)
-        if adjoint:
+        if setting.adjoint:
             left = dg = empty(q, NV, B, T, H, dtype=torch.float32)
         else:
             left = w = empty(q, NV, B, H, T, dtype=torch.float32)
     if count_numbers(B, cu_seqlens):
         tensors = q, k, v, g, state_in, o, state_out, states, x, w, anchors, dg, cu_seqlens, indices
-        launch_recurrence(tensors, scale, reverse, adjoint)
+        launch_recurrence(tensors, setting)
     return o, left
 
 
@@ -321,29 +331,25 @@ def recurrence_config(
 
 
 @launcher
-def launch_recurrence(tensors, scale, reverse, adjoint):
+def launch_recurrence(tensors, setting: Setting):
     q, k, v, g, state_in, _, state_out, states, x, *_, cu_seqlens, indices = tensors
     B, T, H, K, V = Operands(q, k, v, g).sizes()
     BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
         *tensors,
-        scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_in.shape[0],
-        *strides(q, 0, 3), *strides(k, 0, 3), *strides(v, 0, 3), *strides(g, 0, 3), *strides(x, 0, 3),
-        *strides(state_in, 0, 2), *strides(state_out, 0, 2), *strides(states, 0, 3),
+        setting.scale, count_sequences(B, cu_seqlens), T, 0 if indices is None else state_in.shape[0],
+        *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(g, 3), *strides(x, 3),
+        *strides(state_in, 2), *strides(state_out, 2), *strides(states, 3),
         B * H * T,
     )  # fmt: skip
     constants = dict(
-        H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=next_power_of_2(K), BV=BV, BA=ANCHOR_TOKENS
+        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V,
+        BK=next_power_of_2(K), BV=BV, BA=ANCHOR_TOKENS,
     )  # fmt: skip
     for name, state in (('si', state_in), ('so', state_out), ('s', states)):
         constants[name + '_k'], constants[name + '_v'] = (0, 0) if state is None else state.stride()[-2:]
-    constants.update(REVERSE=reverse, ADJOINT=adjoint, num_warps=warps)
+    constants.update(REVERSE=setting.reverse, ADJOINT=setting.adjoint, num_warps=warps)
     return recurrent_kernel, (count_numbers(B, cu_seqlens) * H * cdiv(V, BV), 1, 1), args, constants
-
-
-def strides(x: torch.Tensor | None, first: int, end: int) -> tuple[int, ...]:
-    """The strides of x from `first` to before `end`, or zeros where there is none."""
-    return (0,) * (end - first) if x is None else x.stride()[first:end]
 
 
 @device_pass
@@ -355,7 +361,7 @@ def forward_pass(inputs: Inputs, options: Options):
         N, H, K, V = count_sequences(q.shape[0], cu_seqlens), v.shape[2], q.shape[3], v.shape[3]
         final_state = empty(q, N, H, K, V, dtype=torch.float32)
     operands = Operands(q, k, v, g, initial_state, final_state, states, cu_seqlens=cu_seqlens, indices=indices)
-    o, _ = run_recurrence(operands, options.scale, options.reverse)
+    o, _ = run_recurrence(operands, Setting(options.scale, options.reverse))
     return o, final_state
 
 
@@ -363,7 +369,8 @@ def forward_pass(inputs: Inputs, options: Options):
 def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
     """The gradients that are needed. Those of q and k are for each head of v; dg is `[NV, B, T, H]`, to be added up."""
     q, k, v, g, initial_state, cu_seqlens, _, _, do, dht = tensors
-    scale, reverse = options.scale, options.reverse
+    forward = Setting(options.scale, options.reverse, role='dq')
+    adjoint = forward._replace(adjoint=True)
     w = anchors = None
     dq = dk = dv = dg = dh0 = None
     if needs.g:
@@ -372,14 +379,15 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradien
     common = dict(anchors=anchors, cu_seqlens=cu_seqlens)
     if needs.q or needs.g:
         operands = Operands(do, v, k, g, transposed(initial_state), x=q if needs.g else None, **common)
-        dq, w = run_recurrence(operands, scale, reverse)
+        dq, w = run_recurrence(operands, forward)
     if needs.k or needs.g:
         operands = Operands(v, do, q, g, transposed(dht), x=k if needs.g else None, w=w, **common)
-        dk, dg = run_recurrence(operands, scale, reverse, adjoint=True)
+        dk, dg = run_recurrence(operands, adjoint._replace(role='dk'))
     if needs.initial_state:
         dh0 = empty(initial_state, *initial_state.shape)
     if needs.v or needs.initial_state:
-        dv, _ = run_recurrence(Operands(k, q, do, g, dht, dh0, cu_seqlens=cu_seqlens), scale, reverse, adjoint=True)
+        operands = Operands(k, q, do, g, dht, dh0, cu_seqlens=cu_seqlens)
+        dv, _ = run_recurrence(operands, adjoint._replace(role='dv'))
     return Gradients(dq, dk, dv, dg, dh0)
 
 
