@@ -145,12 +145,12 @@ class Attention:
     desc_v: Descriptor
     desc_o: Descriptor
     desc_x: Descriptor
-    qs: gl.shared_memory_descriptor
-    ks: gl.shared_memory_descriptor
-    vs: gl.shared_memory_descriptor
-    xs: gl.shared_memory_descriptor
-    of_rows: gl.shared_memory_descriptor
-    of_columns: gl.shared_memory_descriptor
+    qs: gl.shared_memory_descriptor  # [4, HALF, BK]: two halves each of two blocks
+    ks: gl.shared_memory_descriptor  # [STAGES, BT, BK]
+    vs: gl.shared_memory_descriptor  # [STAGES, BT, BV]
+    xs: gl.shared_memory_descriptor  # [2, HALF, BV]
+    of_rows: gl.shared_memory_descriptor  # [STAGES, BT]: factors of the decays of a tile's rows
+    of_columns: gl.shared_memory_descriptor  # [STAGES, BT]: and of its columns
     q: Ring
     k: Ring
     v: Ring
@@ -368,7 +368,7 @@ def hopper_attention_kernel(
     BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, STAGES: gl.constexpr, ROW_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """o of blocks after blocks of rows. Rings:
+    """o of one block of rows after another. Rings:
 
         ring     buffers                                   full            empty
         q        2: q of a block, and then its o           load, by TMA    both rows, when the o of it is stored

@@ -81,14 +81,14 @@ class Reverse:
     desc_do: Descriptor
     desc_dk: Descriptor
     desc_dv: Descriptor
-    qs: gl.shared_memory_descriptor
-    ks: gl.shared_memory_descriptor
-    vs: gl.shared_memory_descriptor
-    dos: gl.shared_memory_descriptor
-    ps: gl.shared_memory_descriptor
-    dks: gl.shared_memory_descriptor
-    dvs: gl.shared_memory_descriptor
-    published: gl.shared_memory_descriptor
+    qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
+    ks: gl.shared_memory_descriptor  # likewise
+    vs: gl.shared_memory_descriptor  # [STAGES, C, BV]
+    dos: gl.shared_memory_descriptor  # likewise
+    ps: gl.shared_memory_descriptor  # [STAGES, C, C]
+    dks: gl.shared_memory_descriptor  # [C, BK]
+    dvs: gl.shared_memory_descriptor  # [values, C, BS]
+    published: gl.shared_memory_descriptor  # [BV, BK]: dS, transposed, in 16 bits
     tiles: Ring
     products: Ring
     state: Ring
@@ -317,7 +317,7 @@ def hopper_reverse_kernel(
     SEGMENTS: gl.constexpr, DG: gl.constexpr, STAGES: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, KEY_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of tasks after tasks. Rings, with NW value partitions, one for 64 columns of V:
+    """dk and dv of one task after another. Rings, with NW value partitions, one for 64 columns of V:
 
         ring           buffers                    full                        empty
         tiles          STAGES: q, k, v, do        load, by TMA                each value, key

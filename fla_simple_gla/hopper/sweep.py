@@ -79,12 +79,12 @@ class Sweep:
     desc_v: Descriptor
     desc_o: Descriptor
     desc_x: Descriptor
-    qs: gl.shared_memory_descriptor
-    ks: gl.shared_memory_descriptor
-    vs: gl.shared_memory_descriptor
-    ps: gl.shared_memory_descriptor
-    os: gl.shared_memory_descriptor
-    xs: gl.shared_memory_descriptor
+    qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
+    ks: gl.shared_memory_descriptor  # likewise
+    vs: gl.shared_memory_descriptor  # [STAGES, C, BV]
+    ps: gl.shared_memory_descriptor  # [PRODUCTS, C, C]
+    os: gl.shared_memory_descriptor  # [states, C, BS]
+    xs: gl.shared_memory_descriptor  # [X_STAGES, C, BV]
     tiles: Ring
     products: Ring
     x: Ring
@@ -302,7 +302,7 @@ def hopper_sweep_kernel(
     STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr, SUMS: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """o of tasks after tasks. Rings, with NW state partitions, one for 64 columns of V:
+    """o of one task after another. Rings, with NW state partitions, one for 64 columns of V:
 
         ring           buffers                    full                        empty
         tiles          STAGES: q, k, v            load, by TMA                each state; with x products

@@ -88,12 +88,12 @@ class Sweep:
     desc_v: Descriptor
     desc_o: Descriptor
     desc_x: Descriptor
-    qs: gl.shared_memory_descriptor
-    ks: gl.shared_memory_descriptor
-    vs: gl.shared_memory_descriptor
-    ps: gl.shared_memory_descriptor
-    os: gl.shared_memory_descriptor
-    xs: gl.shared_memory_descriptor
+    qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
+    ks: gl.shared_memory_descriptor  # likewise
+    vs: gl.shared_memory_descriptor  # [STAGES, C, BV]
+    ps: gl.shared_memory_descriptor  # [STAGES, C, C]
+    os: gl.shared_memory_descriptor  # [2, C, BS]
+    xs: gl.shared_memory_descriptor  # [1, C, BV]
     q: Ring
     k: Ring
     v: Ring
@@ -408,7 +408,7 @@ def hopper_wide_sweep_kernel(
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr, STAGES: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """o of tasks after tasks, in 128 columns of V. Rings, of STAGES buffers where no number is given:
+    """o of one task after another, in 128 columns of V. Rings, of STAGES buffers where no number is given:
 
         ring           buffers                    full                        empty
         q, k, v        a tile each                load, by TMA                both states
