@@ -14,7 +14,7 @@ bounds never decrease, there is one such number, and its blocks are all its own.
 and a search finds one of them. Every token is then still in some block: the search for a later block finds no earlier
 number, and the first block that it finds of a number begins no later than the block before it ends. But sequences may
 share tokens and blocks. Their results are then finite numbers without meaning. What one kernel leaves for a block may
-be another sequence's than the one that reads it, or not be there at all: so a kernel that runs on sequences, or on
+belong to another sequence than the one that reads it, or not be there at all. So a kernel that runs on sequences, or on
 blocks of another size, asks whose a block is (`number_of`) before it relies on it.
 """
 

@@ -139,7 +139,7 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
 @jit(do_not_specialize=['N', 'T', 'segment', 'negligible', 'part', 'blocks'], repr=kernel_name('gate_gradient'))
 def gate_gradient_kernel(
     g, dg,  # [B, T, H], any strides; [B, T, H]
-    w, y, z,  # [NW, NY or NW, B, H, T], to be added up
+    w, y, z,  # [NW, B, H, T], [NY, B, H, T], [NW, B, H, T]: parts, to be added up
     s_ds,  # [NS, blocks + N, H]: <S before, dS after> the last chunk of anchor blocks; the last but one of sequences
     cu_seqlens,  # [N + 1] or None
     N, T,

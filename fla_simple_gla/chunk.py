@@ -12,8 +12,8 @@ A sequence is cut into segments of some hundred to many thousand tokens:
 3. The sweep of `fused_chunk.py` runs over every segment, from the state before it.
 
 The backward keeps those states. In summaries back in time q and do take the places of k and v, and the combine leaves
-the gradient of the state after each segment. Three sweeps over every segment then give dq, dk, dv, and what dg is taken
-from, as in `fused_chunk.py`.
+the gradient of the state after each segment. Three sweeps over every segment (two on Hopper, up to D 128) then give dq,
+dk, dv, and what dg is taken from, as in `fused_chunk.py`.
 
 The last segment needs no summary. Chunks that have decayed to zero in fp32 by the end of their segment are not read, so
 how long a summary takes depends on the gates. Where the sequences and heads fill the GPU by themselves there is one
@@ -294,7 +294,7 @@ class SummaryConfig(NamedTuple):
 #   D 64, B1 T131072 H16, 16 segments    64 columns, 4 warps, 3 stages    0.137 (0.118)      2 stages    0.179
 #   D 256, B1 T65536 H4, 16 segments     128 columns, 8 warps, 3 stages   0.105 (0.059)
 #                                        64 columns, 4 warps              0.143
-# The others are cut as the sweep is.
+# D 512 was not measured. fp32, and other GPUs, are cut as the sweep is.
 HOPPER = {
     64: SummaryConfig(64, 4, 3),
     128: SummaryConfig(64, 4, 3),
@@ -312,8 +312,9 @@ def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> 
 
 # The cost model of `segment_tokens`. Its unit is the time of a chunk in a sweep.
 #
-# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each of them adds to
-# the time of a chunk. A program for Hopper has the multiprocessor for itself, and 128 columns of V.
+# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each but the first adds
+# to the time of a chunk. A program for Hopper counts as alone on its multiprocessor, with 128 columns of V. (At D 64
+# two share one in the sweeps for o and dq, but not in that for dk and dv.)
 PROGRAMS_PER_MULTIPROCESSOR = 2
 SHARING_COST_IN_CHUNKS = 0.3
 # A chunk in a summary, in both directions together, if none has decayed: the host does not know which have.
@@ -347,7 +348,7 @@ def segment_tokens(
     packed ones; None if they stay in one piece. config is that of the plain sweeps; specialized tells whether those for
     Hopper take their place.
 
-    It is the number of segments with which the last program ends first by the cost model above. A chunk took 2.4
+    The length is the one with which, by the cost model above, the last program ends first. A chunk took 2.4
     microseconds at D 128 and 1.4 at D 64 on one H200.
     """
     if not exists(device) or rows == 0:  # in the interpreter there is nothing to fill

@@ -26,7 +26,8 @@ chunks the product of the S before a chunk with the dS after it; `_gates.py` say
 k . dk have two parts, of the pairs inside a chunk and of the carried state. The terms of the pairs are in q . dq and in
 k . dk. Both sweeps round the same decayed do_i . v_j, so these terms cancel to fp32 accuracy.
 
-On Hopper, 16-bit inputs with K and V up to 256 go to the kernels of `hopper/`.
+On Hopper, 16-bit inputs go to the kernels of `hopper/` if K and V are multiples of 8 up to 256 and TMA can read the
+rows. Up to 128 these make dk and dv in one sweep.
 """
 
 import functools

@@ -448,7 +448,7 @@ def fused_recurrent_simple_gla(
         initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
             sequences (B without `cu_seqlens`). Default: zeros.
         output_final_state: whether to return the state after the last token.
-        reverse: walk each sequence from its last token to its first.
+        reverse: go through each sequence from its last token to its first.
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
             batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On

@@ -20,7 +20,8 @@ over the blocks of columns after the rows, and D is transposed:
     dk       v    do   q    reverse      dk
     dv       k    q    do   reverse      dv
 
-On Hopper, 16-bit inputs with K and V up to 128 go to the kernel of `hopper/attention.py`, in blocks of 128.
+On Hopper, 16-bit inputs go to the kernel of `hopper/attention.py`, in blocks of 128, if K and V are multiples of 8 up
+to 128, TMA can read the rows, and the attention map is not wanted.
 
 dg_t is the sum of A_ij (do_i . v_j) over the pairs with j < t <= i. With e the last token of t's block,
 

@@ -2,7 +2,7 @@
 
     sweep.py       o, and dq          K and V up to 128
     reverse.py     dk and dv at once  likewise
-    wide.py        o, dq, dk and dv   K and V up to 256, one of them over 128
+    wide.py        o, dq, dk and dv   K and V up to 256, one of them or both over 128
     attention.py   of `parallel`      K and V up to 128
     common.py      what they share
 
@@ -18,8 +18,8 @@ import torch
 from .._layout import is_hopper
 from .._triton import switched_off, warn_once, why_not
 
-CHUNK_TOKENS = 64  # to a chunk of the sweeps
-BLOCK_TOKENS = 128  # to a block of rows of the attention
+CHUNK_TOKENS = 64  # of a chunk of the sweeps
+BLOCK_TOKENS = 128  # of a block of rows of the attention
 
 
 class Sweeps(NamedTuple):
@@ -53,7 +53,7 @@ def why_no_sweeps(K: int, V: int, dtype: torch.dtype, device: torch.device) -> s
 @functools.cache
 def sweeps_of(K: int, V: int, dtype: torch.dtype, device: torch.device) -> Sweeps | None:
     """The sweeps for Hopper of such states, if there are any."""
-    if not is_hopper(device) or why_no_sweeps(K, V, dtype, device) is not None:
+    if why_no_sweeps(K, V, dtype, device) is not None:
         return None
     if max(K, V) <= 128:
         from . import reverse, sweep
@@ -99,10 +99,10 @@ def takes_layouts(*layouts: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
 
 
 def as_taken(do: torch.Tensor, taken: bool) -> torch.Tensor:
-    """The gradient of the output of a call that the kernels for Hopper took or not: itself, or a copy where only its
-    layout keeps them from it. The plain kernels would read it, but take twice as long.
+    """`do` as the kernels can read it, if they took the call: itself, or a contiguous copy. The plain kernels would
+    read it in place, but take twice as long.
 
-    A mean over tokens has such a gradient, with a stride of 0 along T.
+    A mean over tokens has a gradient with a stride of 0 along T.
     """
     if not taken or do.is_contiguous() and do.data_ptr() % 16 == 0 or takes(do):
         return do

@@ -355,9 +355,9 @@ def hopper_attention_kernel(
     desc_v,  # tiles [BT, BV] of [B, T, H // GV, V]
     desc_o,  # tiles [HALF, BV] of [B, T, H, V]
     desc_x,  # tiles [HALF, BV] of [B, T, H // GV, V], or None
-    c,  # [blocks, H, BT]: running sums of the gates in blocks, or None
-    sums,  # [blocks, H], fp64: of the gates up to a block's end
-    ranges,  # [2, blocks, H], int32: the first block that a row block multiplies; in reverse, the one after the last
+    c,  # [1, blocks, H, BT]: running sums of the gates in blocks, or None
+    sums,  # [3, blocks, H], fp64, of which the first is read: the gates up to a block's end; or None
+    ranges,  # [2, blocks, H], int32: the first block that rows multiply, in reverse the one after the last; or None
     x_o,  # [1, B, H, T]: rows x . o
     crossing,  # [2, blocks, H, NB]: the sum of x . o over half a block, of the columns before block b; or None
     cu_seqlens,  # [N + 1] or None
@@ -440,8 +440,8 @@ def launch_attention(tensors, setting):
     D = padded(K, V)
     blocks = count_blocks(B, T, BLOCK_TOKENS, cu_seqlens)
     args = (
-        descriptor(q, D, cu_seqlens), *(descriptor(t, D, cu_seqlens, BLOCK_TOKENS) for t in (k, v)),
-        descriptor(o, D, cu_seqlens), None if x is None else descriptor(x, D, cu_seqlens),
+        descriptor(q, D, cu_seqlens, HALF.value), *(descriptor(t, D, cu_seqlens, BLOCK_TOKENS) for t in (k, v)),
+        descriptor(o, D, cu_seqlens, HALF.value), None if x is None else descriptor(x, D, cu_seqlens, HALF.value),
         *others, cu_seqlens,
         setting.scale, blocks * H, blocks, count_sequences(B, cu_seqlens), T, -(-T // BLOCK_TOKENS),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """What the kernels for Hopper share: their tasks, rings of buffers, gates, row sums, tiles and descriptors.
 
 A kernel is cut into partitions, which run at the same time: warp groups that multiply, and single warps that load
-tiles, sum gates, or add up rows. A program takes one task after another: a head of a sequence, or of a segment of it.
-All partitions go through its tasks in the same order, chunk by chunk.
+tiles, sum gates, or add up rows. A program of a sweep takes one task after another: a head of a sequence, or of a
+segment of it. All partitions go through its tasks in the same order, chunk by chunk. (The attention has tasks and gates
+of its own, and shares rings, tiles and descriptors.)
 
 **Rings.** Partitions hand each other buffers in shared memory. A ring has n buffers, and to each two barriers: `full`
 completes when all producers have filled the buffer, `empty` when all consumers have read it. Whoever uses a ring goes
@@ -13,16 +14,16 @@ round it with a cursor of its own:
     consumer    wait       wait until the buffer is full
                 release    arrive at `empty`
 
-The docstring of a kernel says who arrives at each barrier, and what the kernel takes of a multiprocessor: 232,448 bytes
-of shared memory and 65,536 registers. One thread of a partition arrives, after a barrier of the partition: triton 3.6
-and 3.7 put one there if anything touched shared memory since the last one, later versions always. Two arrivals of 3.6
-and 3.7 have none, where P and the tiles of dk are released right after a wait for wgmma: that wait is of the whole warp
-group. A tile that was loaded to registers is released after the use of what was loaded, since an arrival waits for no
-load (see `row_sum_partition`).
+The docstring of a kernel says who arrives at each barrier, and what the kernel takes of a multiprocessor, which has
+232,448 bytes of shared memory and 65,536 registers. One thread arrives for its partition, after the partition's warps
+were synchronised (bar.sync): triton 3.6 and 3.7 do that if shared memory was touched since the last time, later
+versions always. With 3.6 and 3.7 two arrivals come without it, of P in `sweep.py` and of the tiles in the key partition
+of `reverse.py`. They come right after a wait for wgmma, which is of the whole warp group. A tile that was loaded to
+registers is released after the use of what was loaded, since an arrival waits for no load (see `row_sum_partition`).
 
-**Tiles** end where a sequence ends. The descriptor of packed sequences has two more dimensions, whose offsets cancel
-each other modulo 2^64, so that the bound of the dimension of tokens falls on any token (`ragged` of
-https://github.com/triton-lang/triton, tools).
+**Tiles** end where a sequence ends. All descriptors have five dimensions. In those of packed sequences the first two
+have offsets that cancel each other modulo 2^64, so that the bound of the dimension of tokens falls on any token
+(`ragged` of https://github.com/triton-lang/triton, tools).
 """
 
 import functools
@@ -44,8 +45,8 @@ tma_store = getattr(tma, 'async_store', None) or tma.async_copy_shared_to_global
 
 C = gl.constexpr(CHUNK_TOKENS)
 BS = gl.constexpr(64)  # columns of V to a warp group
-# Of packed sequences: the bound of the dimension of tokens, and the stride of the dimension whose offset takes it away
-# again
+# Of descriptors of packed sequences: the bound of the dimension of tokens, and the stride that, less that of a token,
+# the first dimension has
 RAGGED_END = gl.constexpr(2**30)
 RAGGED_STRIDE = 2**34
 
@@ -340,7 +341,7 @@ class Sums:
 
 @gluon.jit
 def sum_parts(partial, start, PARTS: gl.constexpr):
-    """The sums of the rows of PARTS buffers, as those of every fourth row."""
+    """The rows of PARTS buffers added up to four, `[4, C]`, which the caller adds up."""
     # A warp has half of the columns, and a thread 4 of them in 2 rows of a slice: few, as it has few registers.
     layout: gl.constexpr = gl.BlockedLayout([2, 4], [4, 8], [1, 2], [1, 0])
     SLICES: gl.constexpr = partial.shape[1] // 8
@@ -404,7 +405,7 @@ def to_fragments(x):
 
 @gluon.jit
 def store_sum(s_ds, x, W, i_a, i_h, anchors, H: gl.constexpr):
-    """The sums of what each warp of warp group W has of the numbers x: no warp waits for another."""
+    """To s_ds, the sum of x over each warp of warp group W (in `wide.py` counted over both halves): none waits."""
     x = gl.sum(x.reshape([4, x.shape[0] // 4]), 1)
     w = W * 4 + gl.arange(0, 4, x.type.layout)
     gl.store(s_ds + (w * anchors + i_a) * H + i_h, x)

@@ -103,8 +103,8 @@ class Reverse:
 
 @gluon.jit
 def from_fragments(x, layout: gl.constexpr):
-    """Back to the layout of a product, from 8 numbers whose first 8 rows come first and of these the first 8 columns:
-    what `to_fragments` leaves of 8 x 8 tiles, each transposed, is read as the whole transposed.
+    """The inverse of `to_fragments`, but that of a thread's 8 numbers those of the first 8 rows come first. So a tile
+    that was transposed 8 x 8 by 8 x 8 is read as the whole transposed.
     """
     n: gl.constexpr = x.shape[1]
     x = x.reshape([4, 8, 4, n // 8, 2, 2, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([64, 2 * n])
@@ -407,8 +407,8 @@ def hopper_reverse_kernel(
 
 
 class Config(NamedTuple):
-    """Buffers of the rings, and registers to a thread: of a second value partition, of the key partition, of the
-    others, and the most of the kernel as ptxas sees it.
+    """Buffers of the rings, and registers to a thread: of the second value partition (there is none up to D 64), of the
+    key partition, of the others, and the most of the kernel as ptxas sees it.
     """
 
     stages: int

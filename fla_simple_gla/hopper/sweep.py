@@ -1,5 +1,5 @@
-"""The sweeps for o and dq on Hopper, K and V up to 128: every warp group has a job of its own, and the tensor cores
-wait for none.
+"""The sweeps for o and dq on Hopper, K and V up to 128: every warp group has a job of its own, so that the tensor cores
+are kept busy.
 
 One program to a multiprocessor takes one head of a sequence, or of a segment of it, after another. Its partitions:
 
@@ -393,9 +393,9 @@ def hopper_sweep_kernel(
 
 
 class Config(NamedTuple):
-    """Buffers of each ring, programs to a multiprocessor, and registers to a thread: of the states, of the products (of
-    one state partition there is no second, and the states' are the kernel's own), of the others, and the most of the
-    kernel as ptxas sees it.
+    """Buffers of each ring, programs to a multiprocessor, and registers to a thread: of the second state partition
+    (there is none up to D 64), of the product partition, of the others, and the most of the kernel as ptxas sees it.
+    x_stages and sums are of sweeps with x.
     """
 
     stages: int

@@ -1,8 +1,8 @@
 """The sweeps on Hopper where K or V is over 128, up to 256. `sweep.py` and `reverse.py` have those of smaller dims.
 
-The state of a head does not fit in the registers of one multiprocessor. So a program takes 128 columns of V, and
-another one, which runs at the same time and finds q and k in the L2 cache, takes the rest: the grid is [programs,
-halves of V]. Its partitions:
+A state of 256 x 256 would fill all registers of a multiprocessor. So a program takes 128 columns of V. Where there are
+more, another one, which runs at the same time and finds q and k in the L2 cache, takes the rest: the grid is
+[programs, halves of V]. Its partitions:
 
     load_partition      1 warp          brings tiles of the next chunks to shared memory (TMA), anchors to the L2 cache
     gate_partition      1 warp          sums the gates of the next chunks, and makes the decays
@@ -125,7 +125,9 @@ def chunk_start(i, NT, REVERSE: gl.constexpr):
 
 @gluon.jit
 def sum_quads(x):
-    """`x [64, N]`, in the layout of a product, with every four rows added up: within a thread, and with one other."""
+    """Of `x [64, N]`, in the layout of a product, rows i, i + 4, i + 8 and i + 12 of every 16 added up, `[16, N]`. A
+    thread has two of the four, and another one the others.
+    """
     N: gl.constexpr = x.shape[1]
     return gl.sum(gl.sum(x.reshape([4, 2, 2, 4, N]), 1), 1).reshape([ROWS, N])
 
@@ -540,10 +542,10 @@ def anchor_size(K: int, V: int) -> int:
 
 def sweep(operands: Operands, setting: Setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
-    with x what dg needs (`_gates.py`), else None three times: forward in time the rows `x . o [halves, B, H, T]`; back
-    in time these in two parts, of the carried state and of pairs inside a chunk, and
-    `<anchor, state> [8 * halves, anchor blocks + N, H]`, one of each warp. The halves are those of V, one where V is up
-    to 128.
+    three that are None without x, for dg (`_gates.py`). Forward in time the first is the rows
+    `x . o [halves, B, H, T]`. Back in time these have two parts, of the carried state and of pairs inside a chunk, and
+    the third is `<anchor, state> [8 * halves, anchor blocks + N, H]`, one of each warp. The halves are those of V, one
+    up to V 128.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, _, V = operands.sizes()
