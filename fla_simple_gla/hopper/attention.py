@@ -34,10 +34,11 @@ from .common import (
     Pointer,
     Ring,
     aggregate,
+    consumer_start,
     descriptor,
     padded,
+    producer_start,
     ring,
-    ring_start,
     tma_load,
     tma_store,
 )
@@ -164,9 +165,9 @@ class Attention:
 @gluon.jit
 def load_partition(s):
     work = s.work
-    at = ring_start()
-    at_q = ring_start()
-    at_x = ring_start()
+    at = producer_start()
+    at_q = producer_start()
+    at_x = producer_start()
     for i in range(work.rounds()):
         task = work.task(i)
         if task.live:
@@ -207,7 +208,7 @@ def gate_partition(s, c, sums, scale):
     REVERSE: gl.constexpr = work.REVERSE
     layout: gl.constexpr = gl.BlockedLayout([BT // 32], [32], [1], [0])
     r = gl.arange(0, BT, layout)
-    at = ring_start()
+    at = producer_start()
     for i in range(work.rounds()):
         task = work.task(i)
         if task.live:
@@ -274,9 +275,9 @@ def row_partition(s, scale, x_o, crossing, NB, W: gl.constexpr):
     layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BV, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
     r_o = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout_o))
-    at = ring_start()
-    at_q = ring_start()
-    at_x = ring_start()
+    at = consumer_start()
+    at_q = consumer_start()
+    at_x = consumer_start()
     any_before = 0
     for i in range(work.rounds()):
         task = work.task(i)

@@ -51,13 +51,14 @@ from .common import (
     Work,
     aggregate,
     barriers,
+    consumer_start,
     descriptor,
     fragment_indices,
     gate_buffers,
     gate_partition,
     padded,
+    producer_start,
     ring,
-    ring_start,
     row_sum_partition,
     tma_load,
     tma_store,
@@ -101,8 +102,8 @@ class Sweep:
 @gluon.jit
 def load_partition(s):
     work = s.work
-    at = ring_start()
-    at_x = ring_start()
+    at = producer_start()
+    at_x = producer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         for i_t in range(0, task.end - task.first, C):
@@ -131,10 +132,10 @@ def product_partition(s, scale, y):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
-    at = ring_start()
-    at_p = ring_start()
-    at_x = ring_start()
-    at_s = ring_start()
+    at = consumer_start()
+    at_p = consumer_start()
+    at_x = consumer_start()
+    at_s = producer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         for i_t in range(0, task.end - task.first, C):
@@ -163,8 +164,8 @@ def product_partition(s, scale, y):
                 s.tiles.release(at)
                 s.x.release(at_x)
                 b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p, 0.0)
-                o_y = task.first + i_t + o_i
-                gl.store(y + (task.i_b * H + task.i_h) * work.T + o_y, gl.sum(b_a, 1), mask=o_y < task.end)
+                p_y = y + (task.i_b * H + task.i_h) * work.T + task.first + i_t + o_i
+                gl.store(p_y, gl.sum(b_a, 1), mask=task.first + i_t + o_i < task.end)
                 b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
                 s.sums.ring.acquire(at_s)
                 s.sums.buffer(at_s, s.os.shape[0]).store(b_a)
@@ -189,10 +190,10 @@ def state_partition(s, W: gl.constexpr):
     o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
     o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
     m_s = (o_v < s.V)[:, None] & (o_k < s.K)[None, :]
-    at = ring_start()
-    at_p = ring_start()
-    at_x = ring_start()
-    at_s = ring_start()
+    at = consumer_start()
+    at_p = consumer_start()
+    at_x = consumer_start()
+    at_s = producer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
@@ -315,8 +316,8 @@ def hopper_sweep_kernel(
     stored and loaded:
 
         D     o                   dq with x
-        64    109,268    28, 28   108,608   128, 160    two programs to a multiprocessor
-        128   191,240    64, 60   224,168    48,  72
+        64    109,268    28, 28   108,608   116, 136    two programs to a multiprocessor
+        128   191,240    60, 52   224,168    40,  40
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.

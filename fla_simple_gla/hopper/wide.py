@@ -52,14 +52,15 @@ from .common import (
     Work,
     aggregate,
     barriers,
+    consumer_start,
     descriptor,
     fragment_indices,
     gate_buffers,
     gate_partition,
     not_hoisted,
     prefetch,
+    producer_start,
     ring,
-    ring_start,
     row_sum_partition,
     store_sum,
     tma_load,
@@ -136,8 +137,8 @@ def sum_quads(x):
 def load_partition(s):
     work = s.work
     i_v = gl.program_id(1) * BV
-    at = ring_start()
-    at_x = ring_start()
+    at = producer_start()
+    at_x = producer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         NT = task.chunks()
@@ -174,7 +175,7 @@ def product_partition(s, scale):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    at = ring_start()
+    at = consumer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         for _ in range(0, task.end - task.first, C):
@@ -260,8 +261,9 @@ def state_partition(s, W: gl.constexpr):
     i_v = gl.program_id(1) * BV + W * BS
     o_v = i_v + gl.arange(0, BS, gl.SliceLayout(1, layout))
     o_k = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
-    at = ring_start()
-    at_x = ring_start()
+    at = consumer_start()
+    at_x = consumer_start()
+    at_s = producer_start()
     for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
         task = work.task(i)
         s0 = gl.zeros([BS, PIECE], gl.float32, layout)
@@ -327,8 +329,8 @@ def state_partition(s, W: gl.constexpr):
             if s.X and s.REVERSE:
                 s.x.wait(at_x)
                 b_x = sum_quads(b_o * load_x(s.xs, W, operand, layout))
-                s.sums.ring.acquire(at_x)
-                s.sums.buffer(at_x, W).store(b_x)
+                s.sums.ring.acquire(at_s)
+                s.sums.buffer(at_s, W).store(b_x)
             s.v.wait(at)
             b_v = s.vs.index(at.i).slice(W * BS, BS, dim=1).permute((1, 0))
             decay_v = of_v.index(at.i).load(gl.SliceLayout(0, operand))
@@ -357,12 +359,13 @@ def state_partition(s, W: gl.constexpr):
                     s.x.wait(at_x)
                 b_x = sum_quads(b_o * load_x(s.xs, W, operand, layout))
                 if not s.REVERSE:
-                    s.sums.ring.acquire(at_x)
-                s.sums.buffer(at_x, W + (2 if s.REVERSE else 0)).store(b_x)
-                s.sums.ring.commit(at_x)
+                    s.sums.ring.acquire(at_s)
+                s.sums.buffer(at_s, W + (2 if s.REVERSE else 0)).store(b_x)
+                s.sums.ring.commit(at_s)
                 # not before the sums are written: see `row_sum_partition`
                 s.x.release(at_x)
                 at_x = s.x.after(at_x)
+                at_s = s.sums.ring.after(at_s)
             at = s.q.after(at)
         work.clear(task, s.desc_o, s.os.index(W), i_v)
         if s.state_out.p is not None:
