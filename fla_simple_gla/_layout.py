@@ -77,6 +77,13 @@ def strides(x: torch.Tensor | None, n: int) -> tuple[int, ...]:
     return (0,) * n if x is None else x.stride()[:n]
 
 
+def sizes(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """B, T, H, K, V of tensors in the roles of q and v. States have H heads; q and v have H or a divisor of it."""
+    B, T, HQ, K = q.shape
+    HV, V = v.shape[2:]
+    return B, T, max(HQ, HV), K, V
+
+
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension is contiguous, whatever the others are; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

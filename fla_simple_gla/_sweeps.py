@@ -23,12 +23,6 @@ class Operands(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     indices: torch.Tensor | None = None
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """B, T, H, K, V. The states have H heads; q and k, and v and x, have H or a divisor of it."""
-        B, T, HQ, K = self.q.shape
-        HV, V = self.v.shape[2:]
-        return B, T, max(HQ, HV), K, V
-
 
 class Setting(NamedTuple):
     """How a sweep goes: all that a launch depends on beside the layouts of its tensors."""

@@ -47,6 +47,7 @@ from ._layout import (
     multiprocessors,
     next_power_of_2,
     open_rows,
+    sizes,
     strides,
     use_descriptors,
 )
@@ -268,8 +269,8 @@ def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
 
     state_out gets the last states of sequences without tokens; the sweeps leave the others.
     """
-    _, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
-    B, T, H, K, V = operands.sizes()
+    q, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
+    B, T, H, K, V = sizes(q, v)
     N = count_sequences(B, cu_seqlens)
     segments = count_blocks(B, T, setting.segment, cu_seqlens)
     states = empty(k, segments, H, K, V, dtype=torch.float32)
@@ -445,8 +446,8 @@ def backward(inputs: Inputs, kept: tuple, given: tuple, needs: Gradients, plan: 
 def count_states(inputs: Inputs) -> int | None:
     """How many states the operator of the forward leaves; None if a size is a symbol."""
     q, v, cu_seqlens = inputs.q, inputs.v, inputs.cu_seqlens
-    sizes = *q.shape, *v.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
-    if any(isinstance(size, torch.SymInt) for size in sizes):
+    shapes = *q.shape, *v.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
+    if any(isinstance(size, torch.SymInt) for size in shapes):
         return None
     segment = tokens_to_a_segment(inputs)
     return 0 if segment is None else count_blocks(*q.shape[:2], segment, cu_seqlens)

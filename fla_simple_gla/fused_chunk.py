@@ -43,6 +43,7 @@ from ._layout import (
     load_rows,
     next_power_of_2,
     open_rows,
+    sizes,
     store_rows,
     strides,
     transposed,
@@ -363,7 +364,7 @@ def sweep_gates(inputs: Inputs) -> torch.Tensor | None:
 @launcher
 def launch_sweep(tensors, setting):
     q, k, v, c, state_in, o, state_out, x, *_, cu_seqlens, indices = tensors
-    B, T, H, K, V = Operands(q, k, v, c).sizes()
+    B, T, H, K, V = sizes(q, v)
     tma = use_descriptors(q, k, v, o, x)
     config = sweep_config(K, V, q.dtype, q.device, tma)
     scale, segment, BA, reverse, precision, role = setting
@@ -389,7 +390,7 @@ def sweep(operands: Operands, setting: Setting):
     `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
     """
     q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices = operands
-    B, T, H, K, V = operands.sizes()
+    B, T, H, K, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
     if x is not None:

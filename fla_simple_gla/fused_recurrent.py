@@ -36,7 +36,7 @@ import torch
 from ._blocks import count_blocks, count_numbers, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
 from ._launch import launcher
-from ._layout import cdiv, next_power_of_2, strides, transposed
+from ._layout import cdiv, next_power_of_2, sizes, strides, transposed
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
@@ -257,12 +257,6 @@ class Operands(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     indices: torch.Tensor | None = None
 
-    def sizes(self) -> tuple[int, ...]:
-        """B, T, H, K, V. The states have H heads; q and k, and v and x, have H or a divisor of it."""
-        B, T, HQ, K = self.q.shape
-        HV, V = self.v.shape[2:]
-        return B, T, max(HQ, HV), K, V
-
 
 class Setting(NamedTuple):
     """How a run goes: all that a launch depends on beside the layouts of its tensors."""
@@ -276,7 +270,7 @@ class Setting(NamedTuple):
 def run_recurrence(operands: Operands, setting: Setting):
     """One run: `o`; and with x, for dg, `w [NV, B, H, T]` or, as adjoint, `dg [NV, B, T, H]`; else None."""
     q, k, v, g, state_in, state_out, states, x, w, anchors, cu_seqlens, indices = operands
-    B, T, H, K, V = operands.sizes()
+    B, T, H, K, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     left = dg = None
     if x is not None:
@@ -333,7 +327,7 @@ def recurrence_config(
 @launcher
 def launch_recurrence(tensors, setting: Setting):
     q, k, v, g, state_in, _, state_out, states, x, *_, cu_seqlens, indices = tensors
-    B, T, H, K, V = Operands(q, k, v, g).sizes()
+    B, T, H, K, V = sizes(q, v)
     BV, warps = recurrence_config(K, V, None if indices is None else state_in, states)
     args = (
         *tensors,

@@ -40,7 +40,7 @@ import torch
 from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
 from ._launch import launcher
-from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, store_rows, strides, use_descriptors
+from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, sizes, store_rows, strides, use_descriptors
 from ._mode import Mode
 from ._passes import device_pass, empty, zeros
 from ._plans import Gradients, Inputs, Options, Plan, Results
@@ -463,12 +463,6 @@ class Operands(NamedTuple):
     x: torch.Tensor | None = None  # dg needs its products with the rows of the output
     cu_seqlens: torch.Tensor | None = None
 
-    def sizes(self) -> tuple[int, ...]:
-        """B, T, H, K, V. The output has H heads; q and k, and v and x, have H or a divisor of it."""
-        B, T, HQ, K = self.q.shape
-        HV, V = self.v.shape[2:]
-        return B, T, max(HQ, HV), K, V
-
 
 class Setting(NamedTuple):
     """How a run goes: all that a launch depends on beside the layouts of its tensors."""
@@ -482,7 +476,7 @@ class Setting(NamedTuple):
 @launcher
 def launch_attention(tensors, setting):
     q, k, v, c, _, o, x, *_, cu_seqlens = tensors
-    B, T, H, K, V = Operands(q, k, v, c).sizes()
+    B, T, H, K, V = sizes(q, v)
     BT, BK, BV, warps, stages = attention_config(K, V, q.dtype, q.device)
     blocks = count_blocks(B, T, BT, cu_seqlens)
     args = (
@@ -505,7 +499,7 @@ def attend(operands: Operands, setting: Setting, output_attentions: bool = False
     block.
     """
     q, k, v, (c, sums, _), x, cu_seqlens = operands
-    B, T, H, K, V = operands.sizes()
+    B, T, H, K, V = sizes(q, v)
     config = attention_config(K, V, q.dtype, q.device)
     BT, NV = config.BT, cdiv(V, config.BV)
     o = empty(q, B, T, H, V)

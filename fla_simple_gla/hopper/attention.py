@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._blocks import block_bounds, count_blocks, count_sequences, is_sequence
 from .._launch import launcher
-from .._layout import multiprocessors
+from .._layout import multiprocessors, sizes
 from .._passes import empty, zeros
 from .._triton import kernel_name
 from . import BLOCK_TOKENS
@@ -435,9 +435,7 @@ CONFIG = Config(2, 240, 24, 168)
 @launcher
 def launch_attention(tensors, setting):
     q, k, v, o, x, *others, cu_seqlens = tensors
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    B, T, H, K, V = sizes(q, v)
     D = padded(K, V)
     blocks = count_blocks(B, T, BLOCK_TOKENS, cu_seqlens)
     args = (
@@ -447,7 +445,7 @@ def launch_attention(tensors, setting):
         setting.scale, blocks * H, blocks, count_sequences(B, cu_seqlens), T, -(-T // BLOCK_TOKENS),
     )  # fmt: skip
     constants = dict(
-        ROLE=setting.role, H=H, GQ=H // HQ, GV=H // HV, BK=D, BV=D, REVERSE=setting.reverse,
+        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], BK=D, BV=D, REVERSE=setting.reverse,
         STAGES=CONFIG.stages, ROW_REGISTERS=CONFIG.row_registers, OTHER_REGISTERS=CONFIG.other_registers,
         maxnreg=CONFIG.most_registers, num_warps=4,
     )  # fmt: skip
@@ -459,7 +457,7 @@ def attend(operands, setting):
     comes from before each block `[2, blocks, H, NB]`, in two parts, of the first rows of a block and of the others.
     """
     q, k, v, gates, x, cu_seqlens = operands
-    B, T, H, _, V = operands.sizes()
+    B, T, H, _, V = sizes(q, v)
     # the tokens in no sequence get zeros: no program has them among its tasks
     o = (empty if cu_seqlens is None else zeros)(q, B, T, H, V)
     x_o = crossing = None

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._blocks import count_blocks, count_sequences, is_sequence
 from .._launch import launcher
-from .._layout import multiprocessors, strides
+from .._layout import multiprocessors, sizes, strides
 from .._passes import empty
 from .._sweeps import Operands, Setting, count_swept
 from .._triton import kernel_name
@@ -459,7 +459,7 @@ def reverse_sweep(operands: Operands, do: torch.Tensor, setting: Setting):
     padded.
     """
     q, k, v, g, state_in, state_out, _, anchors, cu_seqlens, _ = operands
-    B, T, H, K, V = operands.sizes()
+    B, T, H, K, V = sizes(q, v)
     dk = empty(q, B, T, H, K)
     dv = empty(q, B, T, H, V)
     z = s_ds = None

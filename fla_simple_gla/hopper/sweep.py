@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._blocks import count_blocks, count_sequences, is_sequence
 from .._launch import launcher
-from .._layout import multiprocessors, strides
+from .._layout import multiprocessors, sizes, strides
 from .._passes import empty
 from .._sweeps import Operands, Setting, count_swept
 from .._triton import kernel_name
@@ -423,9 +423,7 @@ CONFIGS = {
 @launcher
 def launch_sweep(tensors, setting: Setting):
     q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    B, T, H, K, V = sizes(q, v)
     D = padded(K, V)
     scale, segment, BA, *_ = setting
     tasks = count_swept(B, T, segment, cu_seqlens) * H
@@ -439,10 +437,11 @@ def launch_sweep(tensors, setting: Setting):
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
-        ROLE=setting.role, H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None,
-        X=x is not None, STAGES=config.stages, X_STAGES=config.x_stages, PRODUCTS=config.products, SUMS=config.sums,
-        STATE_REGISTERS=config.state_registers, PRODUCT_REGISTERS=config.product_registers,
-        OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers, num_warps=4,
+        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=D, BV=D, BA=BA,
+        SEGMENTS=segment is not None, X=x is not None, STAGES=config.stages, X_STAGES=config.x_stages,
+        PRODUCTS=config.products, SUMS=config.sums, STATE_REGISTERS=config.state_registers,
+        PRODUCT_REGISTERS=config.product_registers, OTHER_REGISTERS=config.other_registers,
+        maxnreg=config.most_registers, num_warps=4,
     )  # fmt: skip
     return hopper_sweep_kernel, (min(tasks, config.resident * multiprocessors(q.device)), 1, 1), args, constants
 
@@ -453,7 +452,7 @@ def sweep(operands: Operands, setting: Setting):
     over i, and those over j, `y [1, B, H, T]`, negative.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
-    B, T, H, _, V = operands.sizes()
+    B, T, H, _, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     x_o = y = None
     if x is not None:

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._blocks import count_blocks, count_sequences, is_sequence
 from .._launch import launcher
-from .._layout import multiprocessors, strides
+from .._layout import multiprocessors, sizes, strides
 from .._passes import empty
 from .._sweeps import Operands, Setting, count_swept
 from .._triton import kernel_name
@@ -510,9 +510,7 @@ CONFIG = Config(2, 216, 56, 24, 128)
 @launcher
 def launch_wide_sweep(tensors, setting: Setting):
     q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
-    B, T, HQ, K = q.shape
-    HV, V = v.shape[2:]
-    H = max(HQ, HV)
+    B, T, H, K, V = sizes(q, v)
     halves = count_halves(V)
     scale, segment, BA, reverse, _, role = setting
     tasks = count_swept(B, T, segment, cu_seqlens) * H
@@ -525,10 +523,10 @@ def launch_wide_sweep(tensors, setting: Setting):
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
-        ROLE=role, H=H, GQ=H // HQ, GV=H // HV, K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse,
-        X=x is not None, STAGES=CONFIG.stages, STATE_REGISTERS=CONFIG.state_registers,
-        PRODUCT_REGISTERS=CONFIG.product_registers, OTHER_REGISTERS=CONFIG.other_registers,
-        maxnreg=CONFIG.most_registers, num_warps=4,
+        ROLE=role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
+        SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None, STAGES=CONFIG.stages,
+        STATE_REGISTERS=CONFIG.state_registers, PRODUCT_REGISTERS=CONFIG.product_registers,
+        OTHER_REGISTERS=CONFIG.other_registers, maxnreg=CONFIG.most_registers, num_warps=4,
     )  # fmt: skip
     grid = min(tasks, max(multiprocessors(q.device) // halves, 1)), halves, 1
     return hopper_wide_sweep_kernel, grid, args, constants
@@ -551,7 +549,7 @@ def sweep(operands: Operands, setting: Setting):
     up to V 128.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
-    B, T, H, _, V = operands.sizes()
+    B, T, H, _, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     x_o = y = s_ds = None
     if x is not None:
