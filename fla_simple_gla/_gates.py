@@ -65,16 +65,17 @@ LONG_SEGMENT_TOKENS = 4096
 @functools.cache
 def anchor_tokens(segment: int | None, at_most: int) -> int:
     """Tokens to an anchor block, at most so many, where sequences run in segments or in one piece."""
-    # Error of dg in 16 bits, and an anchor's share of the memory and traffic of k, by tokens to a block: 128: 2.4e-3,
-    # 1; 256: 2.9e-3, 1/2; 384: 3.5e-3, 1/3; 512: 4.8e-3, 1/4. (D 64 to 128, T 2048, gates with a memory of 10 to 1000
-    # tokens.)
+    # Error of dg in 16 bits, and the anchors' share of the memory and traffic of k (D 64 to 128, T 2048, gates with a
+    # memory of 10 to 1000 tokens):
+    #   128 tokens   2.4e-3   1
+    #   256          2.9e-3   1/2
+    #   384          3.5e-3   1/3
+    #   512          4.8e-3   1/4
     #
     # The sums of a block that lies in two segments are noisier, as the state between these was summed up with other
     # rounding: segments of 128 in blocks of 256 have an error of 6e-3. Of the blocks of long segments few do.
-    for BA in (384, 256, 128):
-        if BA <= at_most and (segment is None or segment >= LONG_SEGMENT_TOKENS or segment % BA == 0):
-            return BA
-    raise AssertionError(f'a segment of {segment} tokens is no multiple of 128')
+    whole = (BA for BA in (384, 256, 128) if BA <= at_most)
+    return next(BA for BA in whole if segment is None or segment >= LONG_SEGMENT_TOKENS or segment % BA == 0)
 
 
 @jit(do_not_specialize=['N', 'T', 'part'], repr=kernel_name('chunk_gates'))

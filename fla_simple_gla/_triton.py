@@ -45,7 +45,8 @@ def kernel_name(name: str) -> Callable:
 
 # The plain kernels are right with triton 3.4 and later. These versions have been found to support more:
 #   direct: the parameters of a compiled kernel are known, so that the CUDA driver can launch it (`_driver.py`)
-#   hopper: the kernels for Hopper compile without a wait after every product of the tensor cores
+#   hopper: the kernels for Hopper compile without a wait after every product of the tensor cores (the ptxas of 3.8
+#       warns of such waits, C7514, in the sweeps for o and dq up to D 128 that are given no states: not measured)
 #   wide: so do those for dims over 128 (the ptxas of 3.9 adds such waits there, and warns of them as C7512)
 # The kernels were compiled with all of these versions; those of 3.6 were measured and tested on a GPU. With other
 # versions every call has the same results, but takes longer.

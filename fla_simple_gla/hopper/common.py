@@ -271,9 +271,18 @@ class States:
         return self.p + i * self.s_n + i_h.to(gl.int64) * self.s_h
 
     @gluon.jit
-    def offsets(self, o_v, o_k):
-        """Of numbers `[v, k]`: states are held transposed in registers."""
-        return not_hoisted(o_v).to(gl.int64)[:, None] * self.s_v + not_hoisted(o_k).to(gl.int64)[None, :] * self.s_k
+    def load(self, p, o_v, o_k, V, K):
+        """Columns o_v and rows o_k of the state at p, transposed as states are in registers; zero from V and K on."""
+        o_v = not_hoisted(o_v)[:, None]
+        o_k = not_hoisted(o_k)[None, :]
+        p += o_v.to(gl.int64) * self.s_v + o_k.to(gl.int64) * self.s_k
+        return gl.load(p, mask=(o_v < V) & (o_k < K), other=0.0).to(gl.float32)
+
+    @gluon.jit
+    def store(self, p, o_v, o_k, b_s, V, K):
+        o_v = not_hoisted(o_v)[:, None]
+        o_k = not_hoisted(o_k)[None, :]
+        gl.store(p + (o_v.to(gl.int64) * self.s_v + o_k.to(gl.int64) * self.s_k), b_s, mask=(o_v < V) & (o_k < K))
 
 
 @aggregate

@@ -213,7 +213,6 @@ def value_partition(s, W: gl.constexpr):
     operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
     o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
     o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
-    m_s = (o_v < s.V)[:, None] & (o_k < s.K)[None, :]
     at = consumer_start()
     at_s = producer_start()
     at_z = producer_start()
@@ -222,10 +221,8 @@ def value_partition(s, W: gl.constexpr):
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if s.state_in.p is not None:
             p_in = s.state_in.of((task.i_s if work.SEGMENTS else task.i_n).to(gl.int64), task.i_h)
-            m_v = o_v < gl.where(is_sequence(task.i_n, work.N), s.V, 0)
-            b_s = gl.load(
-                p_in + s.state_in.offsets(o_v, o_k), mask=m_v[:, None] & (o_k < s.K)[None, :], other=0.0
-            ).to(gl.float32)  # fmt: skip
+            # there is none of what lies in no sequence
+            b_s = s.state_in.load(p_in, o_v, o_k, gl.where(is_sequence(task.i_n, work.N), s.V, 0), s.K)
         NT = task.chunks()
         for i_r in range(NT):
             i_c = NT - 1 - i_r
@@ -288,7 +285,7 @@ def value_partition(s, W: gl.constexpr):
             swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
             if is_sequence(task.i_n, work.N) & (task.first == task.bos) & swept:
                 p_out = s.state_out.of(task.i_n.to(gl.int64), task.i_h)
-                gl.store(p_out + s.state_out.offsets(o_v, o_k), b_s, mask=m_s)
+                s.state_out.store(p_out, o_v, o_k, b_s, s.V, s.K)
     tma.store_wait(0)
 
 
@@ -432,8 +429,7 @@ CONFIGS = {
 @launcher
 def launch_reverse_sweep(tensors, setting: Setting):
     q, k, v, do, dk, dv, g, state_in, state_out, z, anchors, s_ds, cu_seqlens = tensors
-    B, T, HK, K = k.shape
-    H, V = v.shape[2:]
+    B, T, H, K, V = sizes(q, v)
     D = padded(K, V)
     scale, segment, BA, *_ = setting
     tasks = count_swept(B, T, segment, cu_seqlens) * H
@@ -445,10 +441,10 @@ def launch_reverse_sweep(tensors, setting: Setting):
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
-        ROLE='dk_dv', H=H, GK=H // HK, K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None,
+        ROLE='dk_dv', H=H, GK=H // q.shape[2], K=K, V=V, BK=D, BV=D, BA=BA, SEGMENTS=segment is not None,
         DG=anchors is not None, STAGES=config.stages, STATE_REGISTERS=config.state_registers,
-        KEY_REGISTERS=config.key_registers,
-        OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers, num_warps=4,
+        KEY_REGISTERS=config.key_registers, OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers,
+        num_warps=4,
     )  # fmt: skip
     return hopper_reverse_kernel, (min(tasks, multiprocessors(q.device)), 1, 1), args, constants
 

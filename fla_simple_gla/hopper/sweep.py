@@ -189,7 +189,6 @@ def state_partition(s, W: gl.constexpr):
     operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
     o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
     o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
-    m_s = (o_v < s.V)[:, None] & (o_k < s.K)[None, :]
     at = consumer_start()
     at_p = consumer_start()
     at_x = consumer_start()
@@ -199,11 +198,9 @@ def state_partition(s, W: gl.constexpr):
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if s.state_in.p is not None:
             i_in = task.i_s.to(gl.int64) if work.SEGMENTS else work.slot(task.i_n)
-            m_v = o_v < gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
-            p_in = s.state_in.of(i_in, task.i_h)
-            b_s = gl.load(
-                p_in + s.state_in.offsets(o_v, o_k), mask=m_v[:, None] & (o_k < s.K)[None, :], other=0.0
-            ).to(gl.float32)  # fmt: skip
+            # there is none of padding, nor of what lies in no sequence
+            columns = gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
+            b_s = s.state_in.load(s.state_in.of(i_in, task.i_h), o_v, o_k, columns, s.K)
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
         NT = task.chunks()
         for i_c in range(NT):
@@ -267,8 +264,7 @@ def state_partition(s, W: gl.constexpr):
             slot = work.slot(task.i_n)
             swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
             if is_sequence(task.i_n, work.N) & (slot >= 0) & (task.end == task.eos) & swept:
-                p_out = s.state_out.of(slot, task.i_h)
-                gl.store(p_out + s.state_out.offsets(o_v, o_k), b_s, mask=m_s)
+                s.state_out.store(s.state_out.of(slot, task.i_h), o_v, o_k, b_s, s.V, s.K)
     tma.store_wait(0)
 
 
@@ -316,8 +312,8 @@ def hopper_sweep_kernel(
     stored and loaded:
 
         D     o                   dq with x
-        64    109,268    28, 28   108,608   116, 136    two programs to a multiprocessor
-        128   191,240    60, 52   224,168    40,  40
+        64    109,268    24, 24   108,608   116, 136    two programs to a multiprocessor
+        128   191,240    48, 40   224,168    40,  40
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.

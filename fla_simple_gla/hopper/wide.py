@@ -57,7 +57,6 @@ from .common import (
     fragment_indices,
     gate_buffers,
     gate_partition,
-    not_hoisted,
     prefetch,
     producer_start,
     ring,
@@ -206,22 +205,6 @@ def product_partition(s, scale):
 
 
 @gluon.jit
-def load_piece(states, p, o_v, o_k, K, V):
-    """Of a state at p, transposed: these columns of V and of K."""
-    o_v = not_hoisted(o_v)[:, None]
-    o_k = not_hoisted(o_k)[None, :]
-    p += o_v.to(gl.int64) * states.s_v + o_k.to(gl.int64) * states.s_k
-    return gl.load(p, mask=(o_v < V) & (o_k < K), other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def store_piece(states, p, o_v, o_k, b_s, K, V):
-    o_v = not_hoisted(o_v)[:, None]
-    o_k = not_hoisted(o_k)[None, :]
-    gl.store(p + (o_v.to(gl.int64) * states.s_v + o_k.to(gl.int64) * states.s_k), b_s, mask=(o_v < V) & (o_k < K))
-
-
-@gluon.jit
 def load_x(xs, W: gl.constexpr, operand: gl.constexpr, layout: gl.constexpr):
     return gl.convert_layout(xs.index(0).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand), layout).to(gl.float32)
 
@@ -275,10 +258,10 @@ def state_partition(s, W: gl.constexpr):
             p_in = s.state_in.of(i_in, task.i_h)
             # there is none of padding, nor of what lies in no sequence
             columns = gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
-            s0 = load_piece(s.state_in, p_in, o_v, o_k, s.K, columns)
-            s1 = load_piece(s.state_in, p_in, o_v, o_k + PIECE, s.K, columns)
-            s2 = load_piece(s.state_in, p_in, o_v, o_k + 2 * PIECE, s.K, columns)
-            s3 = load_piece(s.state_in, p_in, o_v, o_k + 3 * PIECE, s.K, columns)
+            s0 = s.state_in.load(p_in, o_v, o_k, columns, s.K)
+            s1 = s.state_in.load(p_in, o_v, o_k + PIECE, columns, s.K)
+            s2 = s.state_in.load(p_in, o_v, o_k + 2 * PIECE, columns, s.K)
+            s3 = s.state_in.load(p_in, o_v, o_k + 3 * PIECE, columns, s.K)
         NT = task.chunks()
         for n in range(NT):
             i_t = chunk_start(n, NT, s.REVERSE)
@@ -375,10 +358,10 @@ def state_partition(s, W: gl.constexpr):
             swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
             if is_sequence(task.i_n, work.N) & (slot >= 0) & last & swept:
                 p_out = s.state_out.of(slot, task.i_h)
-                store_piece(s.state_out, p_out, o_v, o_k, s0, s.K, s.V)
-                store_piece(s.state_out, p_out, o_v, o_k + PIECE, s1, s.K, s.V)
-                store_piece(s.state_out, p_out, o_v, o_k + 2 * PIECE, s2, s.K, s.V)
-                store_piece(s.state_out, p_out, o_v, o_k + 3 * PIECE, s3, s.K, s.V)
+                s.state_out.store(p_out, o_v, o_k, s0, s.V, s.K)
+                s.state_out.store(p_out, o_v, o_k + PIECE, s1, s.V, s.K)
+                s.state_out.store(p_out, o_v, o_k + 2 * PIECE, s2, s.V, s.K)
+                s.state_out.store(p_out, o_v, o_k + 3 * PIECE, s3, s.V, s.K)
     tma.store_wait(0)
 
 
