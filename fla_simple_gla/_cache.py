@@ -47,10 +47,20 @@ class Cache:
 
     def __setitem__(self, key: Hashable, value: Any) -> None:
         with self.lock:
-            for kept in (self.young, self.old):
-                if key in kept:
-                    kept[key] = value
-                    return
-            if len(self.new) >= self.size and key not in self.new:
-                del self.new[next(iter(self.new))]  # the oldest
-            self.new[key] = value
+            self.put(key, value)
+
+    def setdefault(self, key: Hashable, value: Any) -> None:
+        """Set the value of a key that has none."""
+        with self.lock:
+            if not any(key in kept for kept in (self.young, self.old, self.new)):
+                self.put(key, value)
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Set the value of a key, by a thread that holds the lock."""
+        for kept in (self.young, self.old):
+            if key in kept:
+                kept[key] = value
+                return
+        if len(self.new) >= self.size and key not in self.new:
+            del self.new[next(iter(self.new))]  # the oldest
+        self.new[key] = value

@@ -107,7 +107,7 @@ def device_pass(run: Callable) -> Callable:
             return run_pass(this)
         finally:
             if record is None:
-                kept[key] = SEEN
+                kept.setdefault(key, SEEN)  # another thread may have recorded the pass meanwhile
 
     return call
 

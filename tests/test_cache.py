@@ -53,6 +53,19 @@ def test_a_new_value_takes_the_place_of_the_old(lookups):
     assert cache.get('key') == 'new' and len(cache) == max(lookups, 1)
 
 
+@pytest.mark.parametrize('lookups', [0, 1, 60])
+def test_a_default_takes_the_place_of_no_value(lookups):
+    cache = Cache(100)
+    cache.setdefault('key', 'first')
+    for i in range(lookups):
+        cache.get('key')
+        if i:
+            cache[i] = i
+            cache.get(i)
+    cache.setdefault('key', 'second')
+    assert cache.get('key') == 'first' and len(cache) == max(lookups, 1)
+
+
 def test_a_plan_survives_ten_thousand_other_lengths(monkeypatch):
     monkeypatch.setattr(_plans, 'plans', Cache(1024))
     memory, gates = torch.zeros(1, 10_001, 1, 1), torch.zeros(1, 10_001, 1)

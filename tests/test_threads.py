@@ -85,6 +85,30 @@ def test_first_calls_of_threads_at_once_compile_a_kernel_once(gpu):
     assert 2 <= a_pass.runs <= 8
 
 
+@pytest.mark.parametrize('planned', [False, True])
+def test_a_slow_first_call_does_not_drop_the_record_of_another_thread(gpu, planned):
+    begun, recorded = threading.Event(), threading.Event()
+
+    def body(tensors, *numbers):
+        if threading.current_thread().name == 'slow':
+            begun.set()
+            assert recorded.wait(timeout=30)
+        return tensors[0], None
+
+    a_pass, plan = Watched(body), mock.Mock(cached=True, records={}) if planned else None
+    slow = threading.Thread(target=lambda: a_pass(torch.ones(4), plan=plan), name='slow')
+    slow.start()
+    assert begun.wait(timeout=30)
+    for _ in range(3):
+        a_pass(torch.ones(4), plan=plan)
+    assert a_pass.runs == 3
+    recorded.set()
+    slow.join()
+    for _ in range(3):
+        a_pass(torch.ones(4), plan=plan)
+    assert a_pass.runs == 3
+
+
 def test_threads_that_replay_at_once_get_their_own_addresses(gpu, threads_that_take_turns):
     """The parameters of a launch are in memory that all threads share."""
     a_pass, seen = Watched(), {}
