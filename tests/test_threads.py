@@ -90,22 +90,25 @@ def test_a_slow_first_call_does_not_drop_the_record_of_another_thread(gpu, plann
     begun, recorded = threading.Event(), threading.Event()
 
     def body(tensors, *numbers):
-        if threading.current_thread().name == 'slow':
+        if not begun.is_set():
             begun.set()
             assert recorded.wait(timeout=30)
         return tensors[0], None
 
     a_pass, plan = Watched(body), mock.Mock(cached=True, records={}) if planned else None
-    slow = threading.Thread(target=lambda: a_pass(torch.ones(4), plan=plan), name='slow')
-    slow.start()
-    assert begun.wait(timeout=30)
-    for _ in range(3):
-        a_pass(torch.ones(4), plan=plan)
-    assert a_pass.runs == 3
-    recorded.set()
-    slow.join()
-    for _ in range(3):
-        a_pass(torch.ones(4), plan=plan)
+
+    def call(times):
+        for _ in range(times):
+            a_pass(torch.ones(4), plan=plan)
+
+    def record():
+        assert begun.wait(timeout=30)
+        call(3)
+        assert a_pass.runs == 3
+        recorded.set()
+
+    in_threads([lambda: call(1), record])
+    call(3)
     assert a_pass.runs == 3
 
 
