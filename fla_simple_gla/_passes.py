@@ -103,11 +103,12 @@ def device_pass(run: Callable) -> Callable:
             results = run_pass(this._replace(record=record))
             kept[key] = record if record.finish(results) else UNKNOWN
             return results
-        try:
-            return run_pass(this)
-        finally:
-            if record is None:
-                kept.setdefault(key, SEEN)  # another thread may have recorded the pass meanwhile
+        results = run_pass(this)
+        # A run that raises is no first call: it may not have compiled the kernels. Another thread may have recorded
+        # the pass meanwhile.
+        if record is None:
+            kept.setdefault(key, SEEN)
+        return results
 
     return call
 

@@ -31,6 +31,26 @@ def test_the_first_call_runs_the_second_records_and_later_ones_replay(gpu):
     assert len(a_pass.kernel.launches) == 1 and gpu.values() == seen[1:]
 
 
+def test_a_first_call_that_raises_is_made_again(gpu):
+    """It has not compiled the kernels. A call that records must find them compiled."""
+    failures = iter([torch.OutOfMemoryError('no memory')])
+
+    def body(tensors, *numbers):
+        for failure in failures:
+            raise failure
+        y = empty(tensors[0], 5)
+        a_pass.launch((tensors[0], y))
+        return (y,)
+
+    a_pass = Watched(body)
+    with pytest.raises(torch.OutOfMemoryError):
+        a_pass(torch.ones(4))
+    for _ in range(5):
+        a_pass(torch.ones(4))
+    assert a_pass.runs == 3  # one that raised, one that compiled, one that was recorded
+    assert len(a_pass.kernel.launches) == 1 and len(gpu.launches) == 4
+
+
 def changed(x: torch.Tensor, z: torch.Tensor) -> dict:
     """Calls for which a record of `(x, z)` does not hold."""
     return {
