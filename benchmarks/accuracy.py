@@ -1,61 +1,82 @@
-"""The worst relative RMS errors of a mode against naive in fp64, over lengths and gate memories, on a GPU.
-
-    python benchmarks/accuracy.py [chunk | fused_chunk | parallel]
+"""Relative RMS errors against naive in fp64, over lengths and gate memories: one row for a result.
 
 The lengths T are 64 to 65,536; 67 has a last chunk of three tokens. The gate memories are 1 to 1,000 tokens. Every
 combination is computed twice: without states, and with an initial state and a final state that has a gradient. The
-parallel mode has no states, and stops at T 8,192. The inputs are standard normal.
+parallel mode has no states, and stops at T 8,192. The inputs are standard normal, with 8 heads and K = V = 128. A row
+has the worst error of a result over the gate memories.
 """
 
 import argparse
 import collections
 
-import run
 import torch
 
 import fla_simple_gla
 
+from .implementations import MODES
+from .measuring import Column, Report, add_report_options
+
 NAMES = ('o', 'dq', 'dk', 'dv', 'dg', 'ht', 'dh0')
+LENGTHS = (64, 67, 100, 1000, 8192, 65536)
+LONGEST = {'parallel': 8192}
+MEMORIES = (1, 3, 10, 30, 100, 300, 1000)
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+
+COLUMNS = [
+    Column('mode', 12, lambda row: row['mode'], True),
+    Column('dtype', 5, lambda row: row['dtype'], True),
+    Column('T', 6, lambda row: str(row['T'])),
+    Column('states', 6, lambda row: 'yes' if row['states'] else 'no', True),
+    Column('result', 6, lambda row: row['result'], True),
+    Column('error', 8, lambda row: f'{row["error"]:.1e}'),
+    Column('memory', 6, lambda row: str(row['memory_tokens'])),
+]
 
 
-def errors(mode, dtype, T, memory, states, H=8, D=128) -> dict[str, float]:
-    """The relative RMS error of each result and gradient."""
+def make_inputs(dtype: torch.dtype, T: int, memory: int, H: int = 8, D: int = 128) -> list[torch.Tensor]:
+    """q, k, v, g, h0, and the gradients of o and of the final state."""
     torch.manual_seed(T + memory)
     q, k, v, do = (torch.randn(1, T, H, D, device='cuda').to(dtype) for _ in range(4))
     g = -2 * torch.rand(1, T, H, device='cuda') / memory
     h0, dht = torch.randn(2, 1, H, D, D, device='cuda')
-    results = []
-    fn, naive = getattr(fla_simple_gla, f'{mode}_simple_gla'), fla_simple_gla.naive_chunk_simple_gla
-    for form, precision in ((fn, None), (naive, torch.float64)):
-        leaves = [x.detach().to(precision or x.dtype).requires_grad_() for x in (q, k, v, g, h0)]
-        if states:
-            o, ht = form(*leaves[:4], initial_state=leaves[4], output_final_state=True)
-            *gradients, dh0 = torch.autograd.grad([o, ht], leaves, [do.to(o.dtype), dht.to(ht.dtype)])
-            results.append([o, *gradients, ht, dh0])
-        else:
-            o, _ = form(*leaves[:4])
-            results.append([o, *torch.autograd.grad(o, leaves[:4], do.to(o.dtype))])
-    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(NAMES, *results)}
+    return [q, k, v, g, h0, do, dht]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', nargs='?', choices=('chunk', 'fused_chunk', 'parallel'), default='chunk')
-    mode = parser.parse_args().mode
-    run.require_gpu()
-    has_states = mode != 'parallel'
-    print(f'{mode}, {torch.cuda.get_device_name()}, torch {torch.__version__}')
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        worst = collections.defaultdict(lambda: (0.0, None))
-        for T in (64, 67, 100, 1000, 8192, *([65536] if has_states else [])):
-            for memory in (1, 3, 10, 30, 100, 300, 1000):
-                for states in (False, True) if has_states else (False,):
-                    for name, error in errors(mode, dtype, T, memory, states).items():
-                        where = f'T{T} memory {memory}' + (' states' if states else '')
-                        worst[name] = max(worst[name], (error, where))
-        cells = [f'{name} {error:.1e} ({where})' for name, (error, where) in worst.items()]
-        print(str(dtype).removeprefix('torch.'), ', '.join(cells), flush=True)
+def results(name: str, inputs: list[torch.Tensor], states: bool) -> list[torch.Tensor]:
+    """What `NAMES` names; the first five without states."""
+    *leaves, do, dht = inputs
+    q, k, v, g, h0 = (x.detach().requires_grad_() for x in leaves)
+    fn = getattr(fla_simple_gla, f'{name}_simple_gla')
+    if states:
+        o, ht = fn(q, k, v, g, initial_state=h0, output_final_state=True)
+        *gradients, dh0 = torch.autograd.grad([o, ht], [q, k, v, g, h0], [do.to(o.dtype), dht.to(ht.dtype)])
+        return [o.detach(), *gradients, ht.detach(), dh0]
+    o, *_ = fn(q, k, v, g)
+    return [o.detach(), *torch.autograd.grad(o, [q, k, v, g], do.to(o.dtype))]
 
 
-if __name__ == '__main__':
-    main()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--mode', choices=MODES, action='append', help='default: all three')
+    add_report_options(parser)
+
+
+def main(options: argparse.Namespace) -> None:
+    modes = options.mode or list(MODES)
+    todo = [(dtype, T, states) for T in LENGTHS for dtype in DTYPES for states in (False, True)]
+    report = Report(options, COLUMNS, len(todo) * len(modes) * len(NAMES))
+    for dtype, T, states in todo:
+        here = [m for m in modes if T <= LONGEST.get(m, T) and not (states and m == 'parallel')]
+        worst: dict = collections.defaultdict(lambda: (0.0, None))
+        for memory in MEMORIES:
+            if not here:
+                continue
+            given = make_inputs(DTYPES[dtype], T, memory)
+            exact = results('naive_chunk', [x.double() for x in given], states)  # one for all modes
+            for mode in here:
+                for name, a, b in zip(NAMES, results(mode, given, states), exact):
+                    error = ((a.double() - b).norm() / b.norm()).item()
+                    worst[mode, name] = max(worst[mode, name], (error, memory))
+        for (mode, name), (error, memory) in worst.items():
+            row = {'mode': mode, 'dtype': dtype, 'T': T, 'states': states, 'result': name}
+            report.row(**row, error=error, memory_tokens=memory)
+    report.close()

@@ -1,7 +1,5 @@
 """Time a training step of two layers, eager and under torch.compile: one row for a shape.
 
-    python benchmarks/compiled.py [--shape B T H D]... [--mode MODE]
-
 A layer is a norm, the projections of q, k, v and the gate, the mode, a projection, a norm and an MLP four times as
 wide, with residuals. Its width is H x D. The parameters are in fp32, under autocast to bf16. A step is forward,
 backward, and AdamW (fused). The columns:
@@ -15,15 +13,25 @@ backward, and AdamW (fused). The columns:
 
 import argparse
 
-import run
 import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
 import fla_simple_gla
 
+from .implementations import MODES
+from .measuring import Column, Report, add_report_options, add_shape, label, median
+
 SHAPES = [(8, 1024, 8, 64), (4, 2048, 16, 128), (1, 16384, 16, 128)]
-WIDTHS = (22, 12, 10, 10, 10, 16, 12)
+COLUMNS = [
+    Column('shape', 22, lambda row: label(row[x] for x in 'BTHD'), True),
+    Column('mode', 12, lambda row: row['mode'], True),
+    Column('eager', 8, lambda row: f'{row["eager_ms"]:.2f}'),
+    Column('compiled', 8, lambda row: f'{row["compiled_ms"]:.2f}'),
+    Column('graphs', 8, lambda row: f'{row["graphs_ms"]:.2f}'),
+    Column('losses', 16, lambda row: f'{row["first_loss"]:.3f} to {row["last_loss"]:.3f}', True),
+    Column('difference', 10, lambda row: f'{row["difference"]:.1e}'),
+]
 
 
 class Layer(nn.Module):
@@ -70,32 +78,31 @@ def measure(shape, fn, **options) -> tuple[torch.Tensor, float]:
     torch.compiler.reset()
     step = make_step(*shape, fn, **options)
     losses = torch.stack([step() for _ in range(20)])
-    return losses, run.median(step)
+    return losses, median(step)
 
 
-def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run.add_shape(parser, 'default: three shapes', action='append')
-    parser.add_argument('--mode', choices=run.MODES, default='chunk')
-    return parser.parse_args(arguments)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, 'default: three shapes', action='append')
+    parser.add_argument('--mode', choices=MODES, default='chunk', help='default: chunk')
+    add_report_options(parser)
 
 
-def main(arguments=None) -> None:
-    options = parse(arguments)
-    run.require_gpu()
-    run.print_machine(run.copy_bandwidth())
+def main(options: argparse.Namespace) -> None:
     fn = getattr(fla_simple_gla, f'{options.mode}_simple_gla')
-    headings = ('shape', 'mode', 'eager', 'compiled', 'graphs', 'losses', 'difference')
-    print('| ' + ' | '.join(f'{x:<{w}}' for x, w in zip(headings, WIDTHS)) + ' |')
-    for shape in map(tuple, options.shape or SHAPES):
-        eager, eager_time = measure(shape, fn)
-        compiled, compiled_time = measure(shape, fn, mode='default')
-        _, graphs_time = measure(shape, fn, mode='reduce-overhead')
-        difference = ((compiled - eager).abs() / eager).max().item()
-        times = [f'{x:.3f}' for x in (eager_time, compiled_time, graphs_time)]
-        cells = run.label(shape), options.mode, *times, f'{eager[0]:.3f} to {eager[-1]:.3f}', f'{difference:.1e}'
-        print('| ' + ' | '.join(f'{x:<{w}}' for x, w in zip(cells, WIDTHS)) + ' |', flush=True)
-
-
-if __name__ == '__main__':
-    main()
+    shapes = [tuple(shape) for shape in options.shape or SHAPES]
+    report = Report(options, COLUMNS, len(shapes))
+    for shape in shapes:
+        eager, eager_ms = measure(shape, fn)
+        compiled, compiled_ms = measure(shape, fn, mode='default')
+        _, graphs_ms = measure(shape, fn, mode='reduce-overhead')
+        report.row(
+            **dict(zip('BTHD', shape)),
+            mode=options.mode,
+            eager_ms=eager_ms,
+            compiled_ms=compiled_ms,
+            graphs_ms=graphs_ms,
+            first_loss=eager[0].item(),
+            last_loss=eager[-1].item(),
+            difference=((compiled - eager).abs() / eager).max().item(),
+        )
+    report.close()

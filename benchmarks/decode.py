@@ -1,6 +1,4 @@
-"""Time decoding on a GPU, beside fla-core: one row for a batch, a pool and an implementation.
-
-    python benchmarks/decode.py [--batch N]... [--tokens T] [--heads H] [--dim D] [--fla]
+"""Time decoding, beside fla-core: one row for a batch, a pool and an implementation.
 
 The states of the batch are in shuffled slots of a pool. A call adds T tokens to each sequence (1, or a few drafts), in
 bf16 with a gate. fla-core has no pools: it is given the states of the batch, and returns new ones. The columns:
@@ -16,24 +14,35 @@ bf16 with a gate. fla-core has no pools: it is given the states of the batch, an
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
-from run import copy_bandwidth, host_time, inputs, print_machine, require_gpu
 
 import fla_simple_gla
 
-BATCHES = (1, 16, 64, 256)
-WIDTHS = (7, 22, 9, 8, 6, 7, 8)
+from .measuring import Column, Report, add_report_options, host_time, inputs
+
+BATCHES = (1, 4, 16, 64, 256)
+COLUMNS = [
+    Column('batch', 7, lambda row: str(row['batch'])),
+    Column('tokens', 6, lambda row: str(row['tokens'])),
+    Column('states', 22, lambda row: row['states'], True),
+    Column('device', 9, lambda row: f'{row["device_us"]:.2f}'),
+    Column('floor', 8, lambda row: f'{row["floor_us"]:.2f}'),
+    Column('share', 6, lambda row: f'{row["floor_us"] / row["device_us"]:.0%}'),
+    Column('host', 7, lambda row: f'{row["host_us"]:.1f}'),
+    Column('error', 8, lambda row: f'{row["error"]:.1e}'),
+]
 
 
-def error(step, tokens, states) -> float:
+def error(step: Callable, tokens: list[torch.Tensor], states: torch.Tensor) -> float:
     """The error of a step from these states. `step()` returns o and the states after the step."""
     naive = fla_simple_gla.naive_recurrent_simple_gla
     exact = naive(*(x.double() for x in tokens), initial_state=states.double(), output_final_state=True)
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(step(), exact))
 
 
-def ours(tokens, states, dtype, v_first):
+def ours(tokens: list, states: torch.Tensor, dtype: torch.dtype, v_first: bool) -> tuple[Callable, Callable]:
     """A step from a pool, and a function that makes one and returns its results in the order of the batch.
 
     Every fourth slot of the pool is free.
@@ -57,7 +66,7 @@ def ours(tokens, states, dtype, v_first):
     return step, results
 
 
-def fla(tokens, states):
+def fla(tokens: list, states: torch.Tensor) -> tuple[Callable, Callable]:
     """The same two functions for fla-core, whose step returns new states in the order of the batch."""
     import fla.ops.simple_gla
 
@@ -67,51 +76,45 @@ def fla(tokens, states):
     return step, step
 
 
-def line(cells) -> str:
-    return '| ' + ' | '.join(f'{cell:>{width}}' for cell, width in zip(cells, WIDTHS)) + ' |'
-
-
-def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch', type=int, action='append', metavar='N', help='default: 1, 16, 64 and 256')
-    parser.add_argument('--tokens', type=int, default=1, metavar='T', help='of each sequence in a call')
-    parser.add_argument('--heads', type=int, default=32, metavar='H')
-    parser.add_argument('--dim', type=int, default=128, metavar='D', help='K and V')
+def add_options(parser: argparse.ArgumentParser) -> None:
+    batches = ', '.join(map(str, BATCHES))
+    parser.add_argument('--batch', type=int, action='append', metavar='N', help=f'default: {batches}')
+    tokens = 'of each sequence in a call; default: 1'
+    parser.add_argument('--tokens', type=int, action='append', metavar='T', help=tokens)
+    parser.add_argument('--heads', type=int, default=32, metavar='H', help='default: 32')
+    parser.add_argument('--dim', type=int, default=128, metavar='D', help='K and V; default: 128')
     parser.add_argument('--fla', action='store_true', help="fla-core's fused_recurrent too")
-    return parser.parse_args(arguments)
+    add_report_options(parser)
 
 
 @torch.no_grad()
-def main(arguments=None) -> None:
-    options = parse(arguments)
-    require_gpu()
+def main(options: argparse.Namespace) -> None:
     from triton.testing import do_bench_cudagraph
 
-    bandwidth = copy_bandwidth()
-    print_machine(bandwidth)
-    T, H, D = options.tokens, options.heads, options.dim
-    print(f'T{T} H{H} D{D}, microseconds\n')
-    print(line(('batch', 'pool', 'device', 'floor', 'share', 'host', 'error')))
-    print('|' + '|'.join('-' * (width + 1) + ':' for width in WIDTHS) + '|', flush=True)
-    for N in options.batch or BATCHES:
+    H, D = options.heads, options.dim
+    todo = [(T, N) for T in options.tokens or [1] for N in options.batch or BATCHES]
+    report = Report(options, COLUMNS, len(todo) * (5 if options.fla else 4))
+    for T, N in todo:
         tokens = [x.detach() for x in inputs(N, T, H, D)[0]]
         states = torch.randn(N, H, D, D, device='cuda')
-        rows = {}
+        forms = {}
         for dtype in (torch.float32, torch.bfloat16):
             for v_first in (False, True):
                 name = f'{str(dtype)[6:]} {"[V, K]" if v_first else "[K, V]"}'
-                rows[name] = dtype, *ours(tokens, states.to(dtype).float(), dtype, v_first)
+                forms[name] = dtype, *ours(tokens, states.to(dtype).float(), dtype, v_first)
         if options.fla:
-            rows['fla, new states'] = torch.float32, *fla(tokens, states)
-        for name, (dtype, step, results) in rows.items():
-            worst = error(results, tokens, states.to(dtype).float())
-            device = do_bench_cudagraph(step, rep=100, return_mode='median') * 1e3
-            host = host_time(step, 200) * 1e3
+            forms['fla, new states'] = torch.float32, *fla(tokens, states)
+        for name, (dtype, step, results) in forms.items():
             size = 2 * states.numel() * dtype.itemsize + sum(x.nbytes for x in tokens) + tokens[2].nbytes
-            floor = size / bandwidth * 1e6
-            cells = N, name, f'{device:.2f}', f'{floor:.2f}', f'{floor / device:.0%}', f'{host:.1f}', f'{worst:.1e}'
-            print(line(cells), flush=True)
-
-
-if __name__ == '__main__':
-    main()
+            report.row(
+                batch=N,
+                tokens=T,
+                H=H,
+                D=D,
+                states=name,
+                device_us=do_bench_cudagraph(step, rep=50, return_mode='median') * 1e3,
+                floor_us=size / report.bandwidth * 1e6,
+                host_us=host_time(step, 200) * 1e3,
+                error=error(results, tokens, states.to(dtype).float()),
+            )
+    report.close()

@@ -1,11 +1,9 @@
 """Time that a call keeps the host: one row for an implementation.
 
-    python benchmarks/host.py [--shape B T H D] [--calls N] [--lengths N] [--fla]
-
 Times are means over many calls, in microseconds. A long kernel keeps the GPU busy while the calls are made. They are
 made 50 at a time, because the driver holds up the host when some thousand launches wait. The first of each 50 calls
 comes after the host has waited for the GPU. It can take ten times as long as the others, and counts too. The inputs are
-those of `run.py`, which also times the GPU. The columns:
+those of `run`, which also times the GPU. The columns:
 
 - forward: ready for a backward.
 - both: forward and backward, by `torch.autograd.grad`.
@@ -16,37 +14,41 @@ The first row is the time of PyTorch itself: an autograd.Function with as many i
 differ by a factor of two from machine to machine, and from one moment to the next on a machine that others use: compare
 rows of one run.
 
-With --lengths there is a second table. Each length in it comes only once, as the lengths of prompts and of unpadded
-batches do: B 1, H 16, D 128, and T from 1000 on in steps of 7. The kernels are compiled before, by calls with the
-neighbours of all these lengths.
+With --lengths each implementation has a second row, for lengths that come only once, as those of prompts and of
+unpadded batches do: B 1, H 16, D 128, and T from 1000 on in steps of 7. The kernels are compiled before, by calls with
+the neighbours of all these lengths.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
-import run
 import torch
+
+from .implementations import Nothing, fla, ours
+from .measuring import Column, Report, add_report_options, add_shape, calls, inputs, label
 
 SHAPE = (8, 1024, 8, 64)
 AT_ONCE = 50
-WIDTHS = (24, 9, 9, 12)
-# of the second table: H, D, the first T and the step
+# of the rows of new lengths: H, D, the first T and the step
 STREAM = (16, 128, 1000, 7)
 
 
-class Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g):
-        ctx.save_for_backward(q, k, v, g)
-        return v.detach(), None
-
-    @staticmethod
-    def backward(ctx, do, _):
-        return ctx.saved_tensors
+def microseconds(name: str) -> Callable[[dict], str]:
+    return lambda row: '-' if row[name] is None else f'{row[name]:.0f}'
 
 
-def mean_time(fn, calls: int) -> float:
+COLUMNS = [
+    Column('implementation', 18, lambda row: row['implementation'], True),
+    Column('shapes', 36, lambda row: row['shapes'], True),
+    Column('forward', 8, microseconds('forward_us')),
+    Column('both', 8, microseconds('both_us')),
+    Column('one thread', 10, microseconds('one_thread_us')),
+]
+
+
+def mean_time(fn: Callable, calls: int) -> float:
     """The microseconds that a call keeps the host."""
     fn()
     times = []
@@ -61,7 +63,7 @@ def mean_time(fn, calls: int) -> float:
     return statistics.mean(times) * 1e6
 
 
-def stream_times(fn, lengths: int) -> tuple[float, float]:
+def stream_times(fn: Callable, lengths: int) -> list[float]:
     """The microseconds that a forward keeps the host, and forward and backward together, where each length is new."""
     H, D, first, step = STREAM
 
@@ -88,46 +90,34 @@ def stream_times(fn, lengths: int) -> tuple[float, float]:
         T += lengths * step
         means.append(mean)
     torch.cuda.synchronize()
-    return tuple(means)
+    return means
 
 
-def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run.add_shape(parser, 'default: 8 1024 8 64', default=SHAPE)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_shape(parser, 'default: 8 1024 8 64', default=SHAPE)
     parser.add_argument('--calls', type=int, default=1000, help='default: 1000')
-    parser.add_argument('--lengths', type=int, default=0, help='of the second table; default: 0, which leaves it out')
+    parser.add_argument('--lengths', type=int, default=0, help='new lengths; default: 0, which leaves them out')
     parser.add_argument('--fla', action='store_true', help="fla-core's chunk and fused_chunk")
-    return parser.parse_args(arguments)
+    add_report_options(parser)
 
 
-def main(arguments=None) -> None:
-    options = parse(arguments)
-    run.require_gpu()
-    run.print_machine(run.copy_bandwidth())
-    leaves, do = run.inputs(*options.shape)
-    print(f'{run.label(options.shape)}, microseconds on the host, means of {options.calls} calls')
-    print_row('implementation', 'forward', 'both', 'one thread')
-    rows = [('nothing', Nothing.apply), *((x.name, x.fn) for x in run.ours() + (run.fla() if options.fla else []))]
-    for name, fn in rows:
-        forward, both = run.calls(fn, leaves, do)
+def main(options: argparse.Namespace) -> None:
+    rows = [(x.name, x.fn) for x in ours() + (fla() if options.fla else [])]
+    report = Report(options, COLUMNS, 1 + len(rows) * (2 if options.lengths else 1))
+    leaves, do = inputs(*options.shape)
+    for name, fn in [('nothing', Nothing.apply), *rows]:
+        forward, both = calls(fn, leaves, do)
         times = [mean_time(call, options.calls) for call in (forward, both)]
         with torch.autograd.set_multithreading_enabled(False):
             times.append(mean_time(both, options.calls))
-        print_row(name, *times)
+        report.row(implementation=name, shapes=label(options.shape), **named(times))
     if options.lengths:
         H, D, first, step = STREAM
-        stream = f'B1 H{H} D{D}, T from {first} on in steps of {step}'
-        print(f'\n{stream}, microseconds on the host, means of {options.lengths} calls')
-        print_row('implementation', 'forward', 'both')
-        for name, fn in rows[1:]:
-            print_row(name, *stream_times(fn, options.lengths))
+        for name, fn in rows:
+            shapes = f'new T: B1 T{first}+{step}n H{H} D{D}'
+            report.row(implementation=name, shapes=shapes, **named([*stream_times(fn, options.lengths), None]))
+    report.close()
 
 
-def print_row(name: str, *cells: str | float) -> None:
-    shown = (x if isinstance(x, str) else f'{x:.1f}' for x in cells)
-    columns = [f'{name:<{WIDTHS[0]}}', *(f'{x:>{w}}' for x, w in zip(shown, WIDTHS[1:]))]
-    print('| ' + ' | '.join(columns) + ' |', flush=True)
-
-
-if __name__ == '__main__':
-    main()
+def named(times: list) -> dict:
+    return dict(zip(('forward_us', 'both_us', 'one_thread_us'), times))

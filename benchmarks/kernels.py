@@ -1,7 +1,5 @@
 """Compile the kernels of some calls for a GPU that need not be there, and print what each takes of a multiprocessor.
 
-    python benchmarks/kernels.py [--arch 90] [--match TEXT]
-
 A row has the kernel, the call that launches it first, registers to a thread, bytes that are spilled (stored, loaded),
 bytes of shared memory, and ptxas' warnings about wgmma: ARCHITECTURE.md says what they mean. Triton must not be
 interpreted.
@@ -133,21 +131,18 @@ def row(launch: tuple, arch: int) -> str:
     return f'{cells} {compiled.metadata.shared:>8} {warnings}'.rstrip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--arch', type=int, default=90, help='compute capability without a dot, default 90')
     parser.add_argument('--match', default='', help='only kernels and calls whose names have this text')
-    args = parser.parse_args()
-    use_no_gpu(args.arch)
+
+
+def main(options: argparse.Namespace) -> None:
+    use_no_gpu(options.arch)
     todo = {}
     for call, launch in launches():
-        if args.match in call or args.match in launch.kernel.__name__:
+        if options.match in call or options.match in launch.kernel.__name__:
             todo.setdefault(launch.key(0), (call, launch))
     print(f'{"kernel":<48} {"call":<32} {"regs":>4} {"spill":>5} {"":>5} {"shared":>8}')
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for line in pool.map(lambda launch: row(launch, args.arch), todo.values()):
+        for line in pool.map(lambda launch: row(launch, options.arch), todo.values()):
             print(line, flush=True)
-
-
-if __name__ == '__main__':
-    main()

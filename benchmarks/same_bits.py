@@ -1,7 +1,5 @@
 """Compare the outputs and gradients of this checkout with those of another, bit by bit, over a table of cases.
 
-    python benchmarks/same_bits.py OTHER_CHECKOUT [--jobs N]
-
 A change that is not to change results is right if every line says "same". The checkouts run in processes of their own,
 on the same inputs; segments are cut as they are for users. Exit status 1 where any bit differs.
 """
@@ -107,7 +105,7 @@ def calls() -> list[tuple[str, dict]]:
 
 def start(checkout: pathlib.Path, job: int, jobs: int) -> subprocess.Popen:
     """A process with its share of the calls."""
-    command = [sys.executable, __file__, '--job', str(job), '--jobs', str(jobs)]
+    command = [sys.executable, __file__, str(job), str(jobs)]
     environment = os.environ | {'PYTHONPATH': str(checkout)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
 
@@ -124,21 +122,21 @@ def digests_of(processes: list[subprocess.Popen]) -> list[dict]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('other', type=pathlib.Path, nargs='?', help='a checkout of another commit')
+def work(job: int, jobs: int) -> None:
+    """Print the digests of a share of the calls."""
+    for i, (mode, case) in enumerate(calls()):
+        if i % jobs == job:
+            print(json.dumps([i, results(mode, case)]), flush=True)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('other', type=pathlib.Path, help='a checkout of another commit')
     parser.add_argument('--jobs', type=int, default=4, help='processes to each checkout, default 4')
-    parser.add_argument('--job', type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job is not None:
-        for i, (mode, case) in enumerate(calls()):
-            if i % args.jobs == args.job:
-                print(json.dumps([i, results(mode, case)]), flush=True)
-        return
-    if args.other is None:
-        parser.error('which other checkout?')
-    checkouts = args.other.resolve(), HERE
-    olds, news = [[start(checkout, job, args.jobs) for job in range(args.jobs)] for checkout in checkouts]
+
+
+def main(options: argparse.Namespace) -> None:
+    checkouts = options.other.resolve(), HERE
+    olds, news = [[start(checkout, job, options.jobs) for job in range(options.jobs)] for checkout in checkouts]
     different = count = 0
     for (mode, case), old, new in zip(calls(), digests_of(olds), digests_of(news)):
         assert old.keys() == new.keys()
@@ -151,5 +149,5 @@ def main() -> None:
     sys.exit(different > 0)
 
 
-if __name__ == '__main__':
-    main()
+if __name__ == '__main__':  # in a process of `start`, which imports the package of one of the checkouts
+    work(*map(int, sys.argv[1:]))

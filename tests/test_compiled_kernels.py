@@ -53,8 +53,8 @@ def test_kernels_for_hopper_fit_and_are_not_serialised(call):
     ignored = 'TRITON_INTERPRET', 'FLA_SIMPLE_GLA_HOPPER'
     environment = {name: value for name, value in os.environ.items() if name not in ignored}
     environment |= {'PYTHONPATH': str(ROOT), 'TRITON_DEFAULT_FP_FUSION': '1'}
-    command = [sys.executable, ROOT / 'benchmarks' / 'kernels.py', '--match', call]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    command = [sys.executable, '-m', 'benchmarks', 'kernels', '--match', call]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
     rows = re.findall(r'^simple_gla_hopper_\w+ .*$', result.stdout, re.MULTILINE)
     assert len(rows) >= 3 and result.returncode == 0, result.stdout + result.stderr
     for row in rows:

@@ -1,0 +1,149 @@
+"""The benchmarks: one command, rows in files, and tables and pictures that show what the result files have."""
+
+import argparse
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from harness import GPU
+
+from benchmarks import __main__ as command
+from benchmarks import measuring, report, shapes
+from benchmarks.measuring import Column, Report
+
+ROOT = report.ROOT
+MACHINE = {'benchmark': 'run', 'commit': 'abc', 'gpu': 'NVIDIA H200', 'copy_tb_per_s': 4.0}
+COLUMNS = [Column('name', 6, lambda row: row['name'], True), Column('ms', 6, lambda row: f'{row.get("ms", 0):.2f}')]
+ROWS = [{'name': 'one', 'ms': 1.23456789}, {'name': 'refused'}, {'name': 'two', 'ms': 20.0}]
+
+
+def call(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', *map(str, arguments)])
+    command.main()
+
+
+@pytest.mark.parametrize('name', command.COMMANDS)
+def test_help(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, name, '--help')
+    assert stop.value.code == 0 and f'benchmarks {name}' in capsys.readouterr().out
+
+
+@pytest.mark.skipif(GPU, reason='there is a GPU')
+@pytest.mark.parametrize('name', [name for name in command.COMMANDS if name not in command.NEED_NO_GPU])
+def test_what_measures_says_that_it_needs_a_gpu(name, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, name, *(['other'] if name == 'same_bits' else []))
+    assert stop.value.code == 'needs a CUDA GPU'
+
+
+def test_the_command_line_leaves_out_where_rows_go(monkeypatch):
+    arguments = ['run', '--out', '/a/b.jsonl', '--fla', '--commit=abc', '--shape', '1', '2', '3', '4']
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', *arguments])
+    assert measuring.command_line() == 'python -m benchmarks run --fla --shape 1 2 3 4'
+
+
+@pytest.mark.parametrize('name', ['rows.txt', 'absent/rows.csv'])
+def test_files_that_cannot_be_written_are_refused(name, tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError):
+        measuring.out_file(str(tmp_path / name))
+
+
+def written(path, monkeypatch) -> str:
+    """What a report of ROWS prints. It writes them to the file too."""
+    monkeypatch.setattr(measuring, 'machine', lambda options: dict(MACHINE))
+    made = Report(argparse.Namespace(out=path), COLUMNS, len(ROWS))
+    for row in ROWS:
+        made.row(**row)
+    made.failed('three', ValueError('first line\nsecond line'))
+    made.close()
+
+
+def test_rows_are_written_as_json_lines(tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'rows.jsonl'
+    written(path, monkeypatch)
+    machine, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert machine == MACHINE and rows == [{'name': 'one', 'ms': 1.2346}, *ROWS[1:]]
+    shown = capsys.readouterr().out
+    assert '| one    |   1.23 |' in shown and 'three failed: ValueError: first line\n' in shown
+
+
+def test_rows_are_written_as_csv(tmp_path, monkeypatch):
+    path = tmp_path / 'rows.csv'
+    written(path, monkeypatch)
+    lines = path.read_text().splitlines()
+    assert lines[: len(MACHINE)] == [f'# {key}: {value}' for key, value in MACHINE.items()]
+    rows = list(csv.DictReader(lines[len(MACHINE) :]))
+    assert rows == [{'name': 'one', 'ms': '1.2346'}, {'name': 'refused', 'ms': ''}, {'name': 'two', 'ms': '20.0'}]
+
+
+def test_cliffs_are_found():
+    def row(T, cost, host=0.0):
+        other = {'series': 'dims', 'pass': 'forward', 'implementation': 'chunk', 'B': 1, 'H': 1, 'D': 8}
+        return other | {'T': T, 'ns_per_kib': cost, 'ms': 1.0, 'host_ms': host}
+
+    assert shapes.cliffs([row(1, 1.0), row(2, 1.4), row(3, 1.0)]) == []
+    assert shapes.cliffs([row(1, 1.0), row(2, 1.6, 0.9), row(3, 1.2)]) == [
+        'B1 T2 H1 D8 forward: 1.60 times a neighbour, bound by the host'
+    ]
+
+
+@pytest.mark.parametrize('page', report.PAGES)
+def test_tables_show_the_result_files(page):
+    """If not: python -m benchmarks report"""
+    text = (ROOT / page).read_text()
+    assert report.BLOCK.search(text)
+    assert report.filled(text, report.Files()) == text
+
+
+def test_a_table_that_differs_is_filled_anew():
+    files = report.Files()
+    files['h200/compiled'] = report.Results(
+        MACHINE | {'command': 'python -m benchmarks compiled', 'torch': '1', 'triton': '2', 'driver': '3', 'date': '4'},
+        [dict(B=1, T=2, H=3, D=4, eager_ms=1.234, compiled_ms=0.5, graphs_ms=20.0, difference=1e-6)],
+    )
+    page = 'a\n<!-- table: compiled-h200 -->\nold\n<!-- end of table -->\nb\n'
+    new = report.filled(page, files)
+    assert '| B1 T2 H3 D4 | 1.23 | 0.500 | 20.0 | 1e-06 |' in new and 'old' not in new
+    assert report.filled(new, files) == new
+
+
+def test_every_table_of_a_page_has_a_maker():
+    for page in report.PAGES:
+        names = [found[2] for found in report.BLOCK.finditer((ROOT / page).read_text())]
+        assert names and {*names} <= {*report.TABLES}
+
+
+def test_pictures_show_the_result_files():
+    """If not: python -m benchmarks report"""
+    assert report.stale_pictures() == []
+
+
+def test_result_files_name_the_machine_and_the_commit():
+    files = sorted(report.FOLDER.glob('*/*.jsonl'))
+    assert files
+    for file in files:
+        machine = json.loads(file.read_text().splitlines()[0])
+        for name in ('gpu', 'driver', 'torch', 'triton', 'commit', 'date', 'command'):
+            assert machine[name] not in ('', 'unknown'), file
+        assert file.parent.name.upper() in machine['gpu'] and 'dirty' not in machine['commit']
+
+
+@pytest.mark.skipif(not GPU, reason='measures on a GPU')
+@pytest.mark.parametrize('arguments', [
+    ('run', '--shape', 1, 256, 2, 64, '--mode', 'chunk', '--attention'),
+    ('decode', '--batch', 2, '--heads', 2, '--dim', 64),
+    ('host', '--shape', 1, 256, 2, 64, '--calls', 50, '--lengths', 2),
+    ('compiled', '--shape', 1, 128, 2, 64),
+], ids=lambda x: x[0])  # fmt: skip
+def test_what_is_measured_on_a_gpu(arguments, tmp_path, monkeypatch):
+    path = tmp_path / 'rows.jsonl'
+    call(monkeypatch, *arguments, '--out', path, '--commit', 'abc')
+    machine, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert machine['gpu'] == torch.cuda.get_device_name() and machine['commit'] == 'abc'
+    times = [
+        value for row in rows for name, value in row.items() if name.endswith(('_ms', '_us')) and value is not None
+    ]
+    assert times and all(value > 0 for value in times)
