@@ -131,7 +131,8 @@ def speed(card: str, files: Files) -> str:
     results = files[f'{card}/run']
 
     def pair(row: dict) -> str:
-        return f'{digits(row["forward_ms"])} / {digits(row["both_ms"])}'
+        times = [digits(row[f'{x}_ms']) + ('*' if row[f'{x}_in_graph'] else '') for x in ('forward', 'both')]
+        return ' / '.join(times)
 
     cells = []
     for row in results.find(implementation='chunk'):

@@ -4,12 +4,13 @@ The inputs are in bf16 with the gate `g = logsigmoid(normal + log(memory))`, and
 decayed to zero: with a memory as long as the sequence there is nothing to skip. The columns:
 
 - fwd, fwd+bwd: milliseconds of the forward, and of forward and backward together, the medians of
-  `triton.testing.do_bench`.
+  `triton.testing.do_bench`. Where a call keeps the host for more than half of that, the time on the GPU is taken from a
+  CUDA graph instead, and marked with a `g`: there, small tensors stay in the L2 cache.
 - floor: the time that the bytes take at the bandwidth of a large copy, measured in the same run. The bytes are those
   that have to move: in the forward 4 passes over a tensor (q, k, v read and o written once), with the backward 11 (it
   reads q, k, v, do and writes dq, dk, dv).
 - share: the floor over the time; 100% is the least time that is possible.
-- host: milliseconds that a call keeps the CPU. Where the kernels take less than that, the medians show this time.
+- host: milliseconds that a call keeps the CPU.
 - MiB: the peak memory of a forward and backward beyond the inputs. o and the gradients of q, k, v are included;
   together they are 4 passes.
 - error: the worst relative RMS error of o, dq, dk, dv, dg against naive in fp64, on two heads of the last sequence of
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,10 +43,10 @@ from .measuring import (
     add_report_options,
     add_shape,
     calls,
+    gpu_time,
     host_time,
     inputs,
     label,
-    median,
     pass_bytes,
 )
 
@@ -63,21 +65,25 @@ SHAPES = [
 FIRST_CALL_SHAPE = (1, 131072, 8, 128)
 
 
-def milliseconds(name: str):
+def milliseconds(name: str) -> Callable[[dict], str]:
     return lambda row: '-' if row.get(name) is None else f'{row[name]:.3f}'
 
 
-def share(of: str):
+def gpu_milliseconds(name: str) -> Callable[[dict], str]:
+    return lambda row: milliseconds(f'{name}_ms')(row) + (' g' if row.get(f'{name}_in_graph') else '')
+
+
+def share(of: str) -> Callable[[dict], str]:
     return lambda row: '-' if row.get(f'{of}_ms') is None else f'{row[f"{of}_floor_ms"] / row[f"{of}_ms"]:.0%}'
 
 
 COLUMNS = [
     Column('shape', 22, lambda row: label(row[x] for x in 'BTHD'), True),
     Column('implementation', 24, lambda row: row['implementation'] + (row['note'] and f' ({row["note"]})'), True),
-    Column('fwd', 8, milliseconds('forward_ms')),
+    Column('fwd', 8, gpu_milliseconds('forward')),
     Column('floor', 7, milliseconds('forward_floor_ms')),
     Column('share', 6, share('forward')),
-    Column('fwd+bwd', 8, milliseconds('both_ms')),
+    Column('fwd+bwd', 8, gpu_milliseconds('both')),
     Column('floor', 7, milliseconds('both_floor_ms')),
     Column('share', 6, share('both')),
     Column('host fwd', 8, milliseconds('host_forward_ms')),
@@ -109,8 +115,11 @@ def measure(implementation: Implementation, leaves: list, do: torch.Tensor, exac
     forward, both = calls(implementation.fn, leaves, do)
     with implementation.context():
         error = worst_error(both(), exact) if implementation.is_gla else None
-        found: dict[str, Any] = {'forward_ms': median(forward), 'both_ms': median(both)}
-        found |= {'host_forward_ms': host_time(forward), 'host_both_ms': host_time(both)}
+        found: dict[str, Any] = {}
+        for name, call in (('forward', forward), ('both', both)):
+            host = host_time(call)
+            ms, in_graph = gpu_time(call, host)
+            found |= {f'{name}_ms': ms, f'{name}_in_graph': in_graph, f'host_{name}_ms': host}
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         both()
