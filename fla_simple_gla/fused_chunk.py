@@ -521,46 +521,51 @@ def fused_chunk_simple_gla(
     *,
     state_indices: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention in one sweep over each sequence, chunk by chunk: for training, and for reading
-    prompts.
+    """Simple Gated Linear Attention in one sweep over each sequence: for training, and for reading prompts.
+
+    For each sequence and head::
 
         S_t = exp(g_t) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32
-    where `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where it would, or
-    a smaller v. A sequence's results do not depend on what else is in the batch. Differentiable in q, k, v, g, g_gamma
-    and initial_state, once. CPU tensors are computed by `naive_chunk_simple_gla`.
+    The sweep goes chunk by chunk. A sequence's results do not depend on what else is in the batch. Products are
+    computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where
+    `torch.set_float32_matmul_precision` allows it. In fp16 no state may exceed 65504: use bf16 where one would, or a
+    smaller v. Differentiable in q, k, v, g, g_gamma and initial_state, once. CPU tensors are computed by
+    `naive_chunk_simple_gla`.
 
     Args:
-        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        q: queries `[B, T, HK, K]` in bfloat16, float16 or float32 (on the CPU float64 too), K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK. Head h reads q and k of head
             `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
-            A positive gate is allowed as long as all decays and the result are finite in fp32.
-        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the
+            state. A positive gate is allowed as long as all decays and the result are finite in fp32.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
-        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
-            sequences (B without `cu_seqlens`). Default: zeros.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype. N is the number of
+            sequences: B, or with `cu_seqlens` the number of packed ones. Default: zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
-            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            batch of one. It starts at 0, never decreases, and stays on the device. Tokens in no sequence get zeros. On
             the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
             begins is empty.
         state_v_first: states are `[N, H, V, K]`.
-        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
-            state_v_first) in fp32, bf16 or fp16, of which sequence n has the state in slot `state_indices[n]`. It is
-            read there and replaced by the final state, in place; no other slot is touched. -1 marks padding: a sequence
-            without a state, whose outputs are zero, and so does an index of P and above, which is an error on the CPU.
-            What two equal indices do is undefined. Nothing may need gradients.
+        state_indices: `[N]`, int32 or int64. initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
+            state_v_first) in fp32, bf16 or fp16, and sequence n has the state in slot `state_indices[n]`. It is read
+            there and replaced by the final state, in place. No other slot is touched. -1 marks padding: a sequence
+            without a state, whose outputs are zero. An index of P and above is padding too; on the CPU it is an error.
+            What two equal indices do is undefined; on the CPU they are an error. Nothing may need gradients.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32 (fp64 for fp64 inputs) or None. With state_indices
+        the second is the pool.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
-        kernel starts.
+        TypeError: an argument has a wrong type or dtype, or is unknown.
+        ValueError: an argument has a wrong shape, device, value or contents, or excludes another.
+
+    The message names the argument, and nothing has been computed by then.
 
     Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
     the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).

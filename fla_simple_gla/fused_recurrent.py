@@ -422,49 +422,55 @@ def fused_recurrent_simple_gla(
     intermediate_states_buffer: torch.Tensor | None = None,
     transpose_state_layout: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention, token by token: for decoding, with constant memory for each sequence.
+    """Simple Gated Linear Attention, token by token: for decoding, with constant memory for each sequence.
+
+    For each sequence and head::
 
         S_t = exp(g_t) S_{t-1} + k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    All arithmetic is in fp32. Differentiable in q, k, v, g, g_gamma and initial_state, once; training is faster with
-    `chunk_simple_gla`. CPU tensors are computed by `naive_recurrent_simple_gla`.
+    All arithmetic is in fp32. A sequence's results do not depend on what else is in the batch. Training is faster with
+    `chunk_simple_gla`. Differentiable in q, k, v, g, g_gamma and initial_state, once. CPU tensors are computed by
+    `naive_recurrent_simple_gla`.
 
     Args:
-        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        q: queries `[B, T, HK, K]` in bfloat16, float16 or float32 (on the CPU float64 too), K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK. Head h reads q and k of head
             `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
-            A positive gate is allowed as long as all decays and the result are finite in fp32.
-        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the
+            state. A positive gate is allowed as long as all decays and the result are finite in fp32.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
-        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype, N the number of
-            sequences (B without `cu_seqlens`). Default: zeros.
+        initial_state: the state before the first token, `[N, H, K, V]`, of any floating dtype. N is the number of
+            sequences: B, or with `cu_seqlens` the number of packed ones. Default: zeros.
         output_final_state: whether to return the state after the last token.
         reverse: go through each sequence from its last token to its first.
         state_v_first: states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
-            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            batch of one. It starts at 0, never decreases, and stays on the device. Tokens in no sequence get zeros. On
             the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
             begins is empty.
-        state_indices: `[N]`, int32 or int64: initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
-            state_v_first) in fp32, bf16 or fp16, of which sequence n has the state in slot `state_indices[n]`. It is
-            read there and replaced by the final state, in place; no other slot is touched. -1 marks padding: a sequence
-            without a state, whose outputs are zero, and so does an index of P and above, which is an error on the CPU.
-            What two equal indices do is undefined. Nothing may need gradients.
+        state_indices: `[N]`, int32 or int64. initial_state is then a pool `[P, H, K, V]` (`[P, H, V, K]` with
+            state_v_first) in fp32, bf16 or fp16, and sequence n has the state in slot `state_indices[n]`. It is read
+            there and replaced by the final state, in place. No other slot is touched. -1 marks padding: a sequence
+            without a state, whose outputs are zero. An index of P and above is padding too; on the CPU it is an error.
+            What two equal indices do is undefined; on the CPU they are an error. Nothing may need gradients.
         intermediate_states_buffer: gets the state after every token, `[B, T, H, K, V]` (`[B, T, H, V, K]` with
-            state_v_first), in fp32, bf16 or fp16; for packed sequences with B = 1. That of padding is left as it is.
-            For speculative decoding: of the T draft tokens of sequence n, the state after the last accepted one is
-            `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
+            state_v_first), in fp32, bf16 or fp16; for packed sequences B is 1. The rows of padding and of tokens in no
+            sequence are left as they are. For speculative decoding: of the T draft tokens of sequence n, the state
+            after the last accepted one is `buffer[n, accepted[n] - 1]`. Nothing may need gradients.
         transpose_state_layout: deprecated name of state_v_first.
 
     Returns:
-        o `[B, T, H, V]` in q's dtype, and the final state in fp32, or None; with state_indices the pool.
+        o `[B, T, H, V]` in q's dtype, and the final state in fp32 (fp64 for fp64 inputs) or None. With state_indices
+        the second is the pool.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
-        kernel starts.
+        TypeError: an argument has a wrong type or dtype, or is unknown.
+        ValueError: an argument has a wrong shape, device, value or contents, or excludes another.
+
+    The message names the argument, and nothing has been computed by then.
 
     Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
     the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).

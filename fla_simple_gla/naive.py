@@ -32,22 +32,48 @@ def naive_recurrent_simple_gla(
     reverse: bool = False,
     intermediate_states_buffer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token by token: `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale * S_t^T q_t`.
+    """The specification, token by token.
+
+    For each sequence and head::
+
+        S_t = exp(g_t) S_{t-1} + k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    Plain PyTorch, in fp32, or in fp64 for fp64 inputs; differentiable by autograd, any number of times.
 
     Args:
-        q, k: `[B, T, HK, K]`; head `h` of v reads head `h // (H // HK)` of q and k.
-        v: `[B, T, H, V]`.
-        g: log decay per token and head, natural logarithm, `[B, T, H]`.
-        scale: defaults to `K ** -0.5`.
-        initial_state: `[N, H, K, V]`, where N is the number of sequences (B without `cu_seqlens`). Default: zeros.
-        output_final_state: whether to return the final state.
-        g_gamma: log decay per head, `[H]`, in place of `g`. With neither, nothing decays.
-        cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one.
-        reverse: go from the last token of each sequence to its first.
-        intermediate_states_buffer: `[B, T, H, K, V]`, to which the state after every token is written.
+        q: queries `[B, T, HK, K]`, of any floating dtype.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, H a multiple of HK. Head h reads q and k of head `h // (H // HK)`.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`. `-inf` resets the state.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        initial_state: the state before the first token, `[N, H, K, V]`. N is the number of sequences: B, or with
+            `cu_seqlens` the number of packed ones. Default: zeros.
+        output_final_state: whether to return the state after the last token.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
+        cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one. Tokens in no sequence get zeros.
+            It is read on the host.
+        reverse: go through each sequence from its last token to its first.
+        intermediate_states_buffer: gets the state after every token, `[B, T, H, K, V]`.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the final state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs) or None.
+
+    Raises:
+        ValueError: g and g_gamma are both given, or cu_seqlens does not begin with 0, decreases, or ends beyond T.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import naive_recurrent_simple_gla
+        >>> q, k, v = torch.ones(3, 1, 4, 1, 1)
+        >>> g = torch.full((1, 4, 1), 0.5).log()  # half of the state stays at each token
+        >>> o, state = naive_recurrent_simple_gla(q, k, v, g)
+        >>> o.flatten().round(decimals=3).tolist()
+        [1.0, 1.5, 1.75, 1.875]
     """
 
     states: list[torch.Tensor] = []
@@ -83,14 +109,48 @@ def naive_chunk_simple_gla(
     g_gamma: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Chunk by chunk: within a chunk the parallel form, between chunks the state.
+    """The specification, chunk by chunk: within a chunk the parallel form, between chunks the state.
 
-    With `D_ij = exp(g_{j+1} + ... + g_i)` inside a chunk of C tokens that starts after state S:
+    With `D_ij = exp(g_{j+1} + ... + g_i)` inside a chunk of C tokens that starts after state S::
 
         o_i = scale * (sum_{j<=i} D_ij (q_i . k_j) v_j + exp(g_1 + ... + g_i) S^T q_i)
         S'  = exp(g_1 + ... + g_C) S + sum_j D_Cj k_j v_j^T
 
-    Arguments and results are those of `naive_recurrent_simple_gla`; `chunk_size` is the number of tokens in a chunk.
+    Plain PyTorch, in fp32, or in fp64 for fp64 inputs; differentiable by autograd, any number of times.
+
+    Args:
+        q: queries `[B, T, HK, K]`, of any floating dtype.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, H a multiple of HK. Head h reads q and k of head `h // (H // HK)`.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`. `-inf` resets the state.
+        initial_state: the state before the first token, `[N, H, K, V]`. N is the number of sequences: B, or with
+            `cu_seqlens` the number of packed ones. Default: zeros.
+        output_final_state: whether to return the state after the last token.
+        chunk_size: tokens to a chunk, any number from 1.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
+        cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one. Tokens in no sequence get zeros.
+            It is read on the host.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and the final state `[N, H, K, V]` in fp32 (fp64 for fp64 inputs) or None.
+
+    Raises:
+        ValueError: g and g_gamma are both given, or cu_seqlens does not begin with 0, decreases, or ends beyond T.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import naive_chunk_simple_gla, naive_recurrent_simple_gla
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 16, dtype=torch.float64)
+        >>> g = torch.nn.functional.logsigmoid(torch.randn(1, 100, 4, dtype=torch.float64))
+        >>> o, state = naive_chunk_simple_gla(q, k, v, g, output_final_state=True, chunk_size=16)
+        >>> expected, expected_state = naive_recurrent_simple_gla(q, k, v, g)
+        >>> torch.allclose(o, expected), torch.allclose(state, expected_state)
+        (True, True)
     """
 
     def chunks(q, k, v, g, S):
@@ -117,10 +177,44 @@ def naive_parallel_simple_gla(
     g_gamma: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As attention without a softmax: `o = A v`, `A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)` for j <= i.
+    """The specification as attention without a softmax.
 
-    Arguments are those of `naive_recurrent_simple_gla`. Returns o and A `[B, H, T, T]` in fp32 (fp64 for fp64 inputs).
-    A is zero between tokens of different sequences.
+    For each sequence and head::
+
+        o_i = sum_{j<=i} A_ij v_j
+        A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)
+
+    Plain PyTorch, in fp32, or in fp64 for fp64 inputs; differentiable by autograd, any number of times.
+
+    Args:
+        q: queries `[B, T, HK, K]`, of any floating dtype.
+        k: keys, of q's shape and dtype.
+        v: values `[B, T, H, V]` in q's dtype, H a multiple of HK. Head h reads q and k of head `h // (H // HK)`.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`. `-inf` resets the state.
+        scale: factor of the products `q . k`. Default: `K ** -0.5`.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
+        cu_seqlens: `[N + 1]`, the boundaries of N sequences packed in a batch of one. Tokens in no sequence get zeros.
+            It is read on the host.
+
+    Returns:
+        o `[B, T, H, V]` in q's dtype, and A `[B, H, T, T]` in fp32 (fp64 for fp64 inputs). A is zero above the diagonal
+        and between tokens of different sequences.
+
+    Raises:
+        ValueError: g and g_gamma are both given, or cu_seqlens does not begin with 0, decreases, or ends beyond T.
+
+    Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
+    the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
+
+    Example::
+
+        >>> import torch
+        >>> from fla_simple_gla import naive_parallel_simple_gla
+        >>> q, k, v = torch.ones(3, 1, 3, 1, 1)
+        >>> g = torch.full((1, 3, 1), 0.5).log()  # half of what is there stays at each token
+        >>> o, attention = naive_parallel_simple_gla(q, k, v, g)
+        >>> attention[0, 0].round(decimals=2).tolist()
+        [[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.5, 1.0]]
     """
     T = q.shape[1]
     maps = []

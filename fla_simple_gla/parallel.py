@@ -646,41 +646,44 @@ def parallel_simple_gla(
     *,
     g_gamma: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Simple Gated Linear Attention as attention without a softmax: quadratic, for short sequences, and for its
-    attention map.
+    """Simple Gated Linear Attention as attention without a softmax: for short sequences, and for the attention map.
+
+    For each sequence and head::
 
         o_i = sum_{j<=i} A_ij v_j
         A_ij = scale * exp(g_{j+1} + ... + g_i) (q_i . k_j)
 
-    No state goes in or comes out: the other modes have them. Products are computed in the inputs' dtype and summed in
-    fp32; fp32 inputs are computed to fp32 accuracy, or in TF32 where `torch.set_float32_matmul_precision` allows it.
-    Tiles whose decay is zero in fp32 are skipped, so that strong gates make it cheaper than quadratic. A sequence's
-    results do not depend on what else is in the batch. Differentiable in q, k, v, g and g_gamma, once, through o alone.
-    CPU tensors are computed by `naive_parallel_simple_gla`.
+    The work is quadratic in T. Tiles whose decay is zero in fp32 are skipped, so that strong gates make it less. No
+    state goes in or comes out: the other modes have them. A sequence's results do not depend on what else is in the
+    batch. Products are computed in the inputs' dtype and summed in fp32; fp32 inputs are computed to fp32 accuracy, or
+    in TF32 where `torch.set_float32_matmul_precision` allows it. Differentiable in q, k, v, g and g_gamma, once,
+    through o alone. CPU tensors are computed by `naive_parallel_simple_gla`.
 
     Args:
-        q: queries `[B, T, HK, K]`, in bfloat16, float16 or float32, with K from 1 to 512.
+        q: queries `[B, T, HK, K]` in bfloat16, float16 or float32 (on the CPU float64 too), K from 1 to 512.
         k: keys, of q's shape and dtype.
-        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK: head h reads q and k of head
+        v: values `[B, T, H, V]` in q's dtype, V from 1 to 512, H a multiple of HK. Head h reads q and k of head
             `h // (H // HK)`.
-        g: log decay per token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the state.
-            A positive gate is allowed as long as all decays and the result are finite in fp32.
+        g: log decay of each token and head (natural logarithm) `[B, T, H]`, of any floating dtype. `-inf` resets the
+            state. A positive gate is allowed as long as all decays and the result are finite in fp32.
         scale: factor of the products `q . k`. Default: `K ** -0.5`.
         output_attentions: whether to return the attention map. Not with `cu_seqlens`.
         cu_seqlens: `[N + 1]`, int32 or int64: sequence n is the tokens from `cu_seqlens[n]` to `cu_seqlens[n + 1]` of a
-            batch of one. It starts at 0, never decreases and stays on the device. Tokens in no sequence get zeros. On
+            batch of one. It starts at 0, never decreases, and stays on the device. Tokens in no sequence get zeros. On
             the GPU its contents are not checked: bounds are moved into 0..T, and a sequence that would end before it
             begins is empty.
         cu_seqlens_cpu: a copy of cu_seqlens on the CPU. Accepted for code that has one; nothing here needs it.
-        g_gamma: log decay per head `[H]`, instead of g. With neither, nothing decays.
+        g_gamma: log decay of each head `[H]`, in place of g. With neither, nothing decays.
 
     Returns:
         o `[B, T, H, V]` in q's dtype, and the attention map `[B, H, T, T]` in q's dtype, zero above the diagonal, or
         None.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape or device, or excludes another; before any
-        kernel starts.
+        TypeError: an argument has a wrong type or dtype, or is unknown.
+        ValueError: an argument has a wrong shape, device, value or contents, or excludes another.
+
+    The message names the argument, and nothing has been computed by then.
 
     Source: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635), with
     the scalar gate of Dao and Gu, Transformers are SSMs (arXiv:2405.21060).
