@@ -102,7 +102,10 @@ def runs_kernels(x: torch.Tensor) -> bool:
     if x.device.type == 'cpu':
         return INTERPRET and x.dtype in (torch.float32, torch.float16)
     if triton is None:
-        raise RuntimeError(f'tensors on {x.device} need the triton package (3.4 or newer): pip install triton')
+        raise RuntimeError(
+            f'tensors on {x.device} are computed by kernels that need triton 3.4 or newer, which is not installed. '
+            'CUDA builds of PyTorch bring triton; with another build, install it: pip install triton'
+        )
     return True
 
 

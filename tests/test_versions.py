@@ -1,5 +1,6 @@
-"""Versions of triton and PyTorch: what is off with unknown ones, switches, hooks, allocators and private names."""
+"""Versions of triton and PyTorch: none, what is off with unknown ones, switches, hooks, allocators, private names."""
 
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -12,6 +13,61 @@ from harness import GPU, MODES, Case, check, make_inputs, mark_slow, reference, 
 
 from fla_simple_gla import _driver, _launch, _passes, _private, _triton, hopper
 from fla_simple_gla._private import private
+
+# No triton
+
+# The code that follows is in a process that has no triton. `None` makes its import an ImportError.
+WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
+COMPUTES = """
+import torch
+
+import fla_simple_gla
+from fla_simple_gla._triton import runs_kernels
+
+x = torch.randn(1, 5, 2, 8, requires_grad=True)
+modes = [getattr(fla_simple_gla, name) for name in fla_simple_gla.__all__]
+results = []
+for fn in modes:
+    o, _ = fn(x, x, x, -x[..., 0].abs())
+    results.append((o, *torch.autograd.grad(o.square().sum(), x)))
+for found in results:
+    torch.testing.assert_close(found, results[0])
+pool = torch.zeros(3, 2, 8, 8)
+fla_simple_gla.chunk_simple_gla(*[x.detach()] * 3, initial_state=pool, state_indices=torch.tensor([1]))
+assert pool[1].any() and not pool[[0, 2]].any()
+
+calls = [lambda: runs_kernels(x.to('meta'))]
+if torch.cuda.is_available():
+    calls += [lambda fn=fn: fn(*[x.cuda()] * 3) for fn in modes if 'naive' not in fn.__name__]
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+NEEDS_TRITON = (
+    r'(meta|cuda:0) are computed by kernels that need triton 3\.4 or newer, which is not installed\. '
+    r'CUDA builds of PyTorch bring triton; with another build, install it: pip install triton'
+)
+
+
+def test_without_triton_cpu_tensors_are_computed():
+    """Forward and backward. A tensor elsewhere gets an error that says what to install."""
+    result = run_python(WITHOUT_TRITON + COMPUTES, TRITON_INTERPRET=None)
+    assert result.returncode == 0, result.stderr
+    errors = result.stdout.splitlines()
+    assert len(errors) == (5 if GPU else 1)
+    assert all(re.fullmatch(f'tensors on {NEEDS_TRITON}', error) for error in errors), errors
+
+
+@pytest.mark.slow
+def test_without_triton_the_report_is_printed():
+    code = "import runpy\nrunpy.run_module('fla_simple_gla', run_name='__main__')"
+    result = run_python(WITHOUT_TRITON + code, TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES='')
+    assert result.returncode == 0 and result.stdout.endswith('all modes are right\n'), result.stdout + result.stderr
+    assert 'triton not installed\n' in result.stdout
+    assert 'CPU tensors are computed by the naive functions\n' in result.stdout
+
 
 # Versions of triton, and switches in the environment
 
