@@ -17,7 +17,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,14 @@ class Progress:
         print(f'\r{text[: self.columns]:<{self.columns}}\r', end='', flush=True)
 
 
+class Point(NamedTuple):
+    """A line of the table that training prints, in bits per byte."""
+
+    step: int
+    training: float
+    held_out: float
+
+
 def windows(data: torch.Tensor, length: int) -> torch.Tensor:
     """All windows of length + 1 bytes, as a view `[N, length + 1]`: inputs, and targets shifted by one byte."""
     return data.unfold(0, length + 1, 1)
@@ -191,7 +199,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
 
 
-def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> list[Point]:
+    """Train for `args.steps` steps and print a table; its lines, the first without a training loss (NaN)."""
     device = text.device
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -204,7 +213,8 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
     progress = Progress(args.steps)
     progress.line(f'bits per byte; one of {BYTES} bytes at random would cost {UNIFORM:.2f}')
     progress.line(f'{"step":>6} {"training":>9} {"held out":>9} {"seconds":>8}')
-    progress.line(f'{0:>6} {"":>9} {held_out_bits(model, held_out, args):>9.3f} {0:>8.1f}')
+    points = [Point(0, math.nan, held_out_bits(model, held_out, args))]
+    progress.line(f'{0:>6} {"":>9} {points[0].held_out:>9.3f} {0:>8.1f}')
     average = torch.tensor(UNIFORM, device=device)
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
@@ -224,10 +234,28 @@ def train(model: LanguageModel, text: torch.Tensor, held_out: torch.Tensor, args
             progress.update(step, f'{average.item():.2f} bits per byte')
         if step == args.steps or step % math.ceil(args.steps / 10) == 0:
             seconds = time.monotonic() - progress.start
-            cost = held_out_bits(model, held_out, args)
-            progress.line(f'{step:>6} {average.item():>9.3f} {cost:>9.3f} {seconds:>8.1f}')
-            if not math.isfinite(cost):
+            point = Point(step, average.item(), held_out_bits(model, held_out, args))
+            progress.line(f'{step:>6} {point.training:>9.3f} {point.held_out:>9.3f} {seconds:>8.1f}')
+            if not math.isfinite(point.held_out):
                 fail('the loss is no longer a number: a smaller --lr may help')
+            points.append(point)
+    return points
+
+
+def plot(points: list[Point], file: Path) -> None:
+    """Draw the losses against steps; the file's name says in which format."""
+    from matplotlib.figure import Figure  # only --plot needs it
+
+    steps, training, held_out = zip(*points)
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(steps, training, marker='.', label='training (running mean)')
+    axes.plot(steps, held_out, marker='.', label='held out')
+    axes.set(xlabel='step', ylabel='bits per byte')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file)
 
 
 @torch.inference_mode()
@@ -311,6 +339,18 @@ def number(kind: Callable[[str], float], least: float, most: float = math.inf) -
     return parse
 
 
+def plot_error(file: Path) -> str | None:
+    """Why `plot` could not write this file, as far as that can be told before training."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        return 'needs matplotlib: pip install matplotlib'
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in formats:
+        return f'must end in the name of a format ({", ".join(formats)}), got {file}'
+    return None
+
+
 def parse_arguments(device: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = DEFAULTS[device]
@@ -325,6 +365,12 @@ def parse_arguments(device: str) -> argparse.Namespace:
         help=f'what to learn, any bytes, the first {MAX_TEXT_BYTES:,} of them (default: the Python standard library)',
     )
     parser.add_argument('--save', type=Path, metavar='FILE', help='where to leave the model, for generate.py')
+    parser.add_argument(
+        '--plot',
+        type=Path,
+        metavar='FILE',
+        help='where to draw the losses against steps, in any format that matplotlib writes; needs matplotlib',
+    )
     option('width', number(int, 1), 'width of the residual stream')
     option('layers', number(int, 1), 'pairs of a mixing layer and an MLP')
     option('heads', number(int, 1), 'heads of a mixing layer; they divide the width, and are at most 512 wide')
@@ -346,8 +392,11 @@ def parse_arguments(device: str) -> argparse.Namespace:
         parser.error(f'argument --heads: must divide the width {args.width}, got {args.heads}')
     if args.width // args.heads > 512:
         parser.error(f'argument --heads: a head is at most 512 wide, got {args.width} / {args.heads}')
-    if args.save is not None and not args.save.parent.is_dir():
-        parser.error(f'argument --save: there is no directory {args.save.parent}')
+    for name, file in (('save', args.save), ('plot', args.plot)):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f'argument --{name}: there is no directory {file.parent}')
+    if args.plot is not None and (reason := plot_error(args.plot)) is not None:
+        parser.error(f'argument --plot: {reason}')
     if not args.prompt:
         parser.error('argument --prompt: must not be empty')
     return args
@@ -371,10 +420,12 @@ def main() -> None:
     print(f'{len(text):,} bytes to learn from and {len(held_out):,} held out: {source}')
     size = sum(p.numel() for p in model.parameters())
     print(f'{size:,} parameters on {device.type}; a step reads {args.batch} x {args.length} bytes\n')
-    train(model, text, held_out, args)
+    points = train(model, text, held_out, args)
     if args.save is not None:
         dims = {name: getattr(args, name) for name in ('width', 'layers', 'heads')}
         torch.save({'dims': dims, 'weights': model.state_dict()}, args.save)
+    if args.plot is not None:
+        plot(points, args.plot)
 
     difference, largest = compare_modes(model, held_out[None, : args.length].long())
     print(f'\nlargest difference between the logits of training and of decoding: {difference:.1e}', end='')
