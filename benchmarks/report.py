@@ -99,10 +99,10 @@ def headline(files: Files) -> str:
     text = headline_table(rows, NAMES, ['one H200, ms', 'forward', 'forward + backward', 'memory added, MiB'])
     ours, fla, attention = (rows[x]['both_ms'] for x in ('chunk', 'fla chunk', 'cuDNN attention'))
     return (
-        f'{text}\n\n{label(HEADLINE)} (batch, tokens, heads, dim), bf16, a gate per token. Training is '
-        f'{fla / ours:.1f} times as fast as with\nfla-core and {attention / ours:.1f} times as fast as with attention. '
-        f'The time that its bytes take to move: {digits(rows["chunk"]["forward_floor_ms"])} and '
-        f'{digits(rows["chunk"]["both_floor_ms"])} ms.'
+        f'{text}\n\n{label(HEADLINE)} (sequences, tokens, heads, dim), bf16, a gate per token. Forward and backward '
+        f'are {fla / ours:.1f} times\nas fast as those of fla-core, and {attention / ours:.1f} times as fast as attention. '
+        f'To move the bytes alone takes {digits(rows["chunk"]["forward_floor_ms"])} and\n'
+        f'{digits(rows["chunk"]["both_floor_ms"])} ms. Other shapes and GPUs: [Performance](docs/performance.md).'
     )
 
 
@@ -111,7 +111,7 @@ def headline_in_chinese(files: Files) -> str:
     text = headline_table(rows, IN_CHINESE, ['单张 H200，毫秒', '前向', '前向 + 反向', '额外显存，MiB'])
     ours, fla, attention = (rows[x]['both_ms'] for x in ('chunk', 'fla chunk', 'cuDNN attention'))
     return (
-        f'{text}\n\n{label(HEADLINE)}（批大小、长度、头数、维度），bf16，逐 token 门控。训练速度是 fla-core 的 '
+        f'{text}\n\n{label(HEADLINE)}（批大小、长度、头数、维度），bf16，逐 token 门控。前向加反向的速度是 fla-core 的 '
         f'{fla / ours:.1f} 倍、注意力的 {attention / ours:.1f} 倍；\n仅搬运必需的数据就要 '
         f'{digits(rows["chunk"]["forward_floor_ms"])} 和 {digits(rows["chunk"]["both_floor_ms"])} 毫秒。'
     )
@@ -217,7 +217,7 @@ def compiled(card: str, files: Files) -> str:
 
 def accuracy(files: Files) -> str:
     """The worst error over lengths and gate memories."""
-    results = files['h200/accuracy']
+    results = files['h100/accuracy']
     columns = {'o': ['o'], 'final state': ['ht'], 'dq, dk, dv': ['dq', 'dk', 'dv'], 'dg': ['dg'], 'dh0': ['dh0']}
     cells = []
     for mode in dict.fromkeys(row['mode'] for row in results.rows):
@@ -281,7 +281,7 @@ PICTURES = [
     Picture('dims-h100', 'dims', ('h100/shapes',)),
     Picture('decode-h200', 'decode', ('h200/decode',)),
     Picture('decode-h100', 'decode', ('h100/decode',)),
-    Picture('accuracy-h200', 'accuracy', ('h200/accuracy',)),
+    Picture('accuracy-h100', 'accuracy', ('h100/accuracy',)),
 ]
 
 
