@@ -100,8 +100,8 @@ def headline(files: Files) -> str:
     ours, fla, attention = (rows[x]['both_ms'] for x in ('chunk', 'fla chunk', 'cuDNN attention'))
     return (
         f'{text}\n\n{label(HEADLINE)} (sequences, tokens, heads, dim), bf16, a gate per token. Forward and backward '
-        f'are {fla / ours:.1f} times\nas fast as those of fla-core, and {attention / ours:.1f} times as fast as attention. '
-        f'To move the bytes alone takes {digits(rows["chunk"]["forward_floor_ms"])} and\n'
+        f'are {fla / ours:.1f} times\nas fast as those of fla-core, and {attention / ours:.1f} times as fast as '
+        f'attention. To move the bytes alone takes {digits(rows["chunk"]["forward_floor_ms"])} and\n'
         f'{digits(rows["chunk"]["both_floor_ms"])} ms. Other shapes and GPUs: [Performance](docs/performance.md).'
     )
 
