@@ -216,16 +216,16 @@ def compiled(card: str, files: Files) -> str:
 
 
 def accuracy(files: Files) -> str:
-    """The worst error over lengths and gate memories."""
-    results = files['h100/accuracy']
+    """The worst error over lengths, gate memories and cards."""
+    cards = [files[f'{card}/accuracy'] for card in CARDS]
     columns = {'o': ['o'], 'final state': ['ht'], 'dq, dk, dv': ['dq', 'dk', 'dv'], 'dg': ['dg'], 'dh0': ['dh0']}
     cells = []
-    for mode in dict.fromkeys(row['mode'] for row in results.rows):
-        for dtype in dict.fromkeys(row['dtype'] for row in results.rows):
-            rows = results.find(mode=mode, dtype=dtype)
+    for mode in dict.fromkeys(row['mode'] for row in cards[0].rows):
+        for dtype in dict.fromkeys(row['dtype'] for row in cards[0].rows):
+            rows = [row for card in cards for row in card.find(mode=mode, dtype=dtype)]
             worst = [[row['error'] for row in rows if row['result'] in names] for names in columns.values()]
             cells.append([f'`{mode}`, {dtype}', *(f'{max(x):.1e}' if x else '-' for x in worst)])
-    return markdown(['relative RMS error', *columns], cells) + source(results)
+    return markdown(['relative RMS error', *columns], cells) + ''.join(map(source, cards))
 
 
 def source(results: Results) -> str:
@@ -281,7 +281,7 @@ PICTURES = [
     Picture('dims-h100', 'dims', ('h100/shapes',)),
     Picture('decode-h200', 'decode', ('h200/decode',)),
     Picture('decode-h100', 'decode', ('h100/decode',)),
-    Picture('accuracy-h100', 'accuracy', ('h100/accuracy',)),
+    Picture('accuracy-h200', 'accuracy', ('h200/accuracy',)),
 ]
 
 
