@@ -3,6 +3,8 @@
 import argparse
 import csv
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -127,6 +129,21 @@ def test_result_files_name_the_machine_and_the_commit():
         for name in ('gpu', 'driver', 'torch', 'triton', 'commit', 'date', 'command'):
             assert machine[name] not in ('', 'unknown'), file
         assert file.parent.name.upper() in machine['gpu'] and 'dirty' not in machine['commit']
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(['git', '-C', ROOT, *arguments], capture_output=True, text=True)
+
+
+def test_result_files_name_commits_of_this_history():
+    """They are given by hand where what is measured is a copy without its history."""
+    if not (ROOT / '.git').exists() or shutil.which('git') is None:
+        pytest.skip('needs a checkout, and git')
+    if git('rev-parse', '--is-shallow-repository').stdout != 'false\n':
+        pytest.skip('needs a checkout with its history')
+    commits = {json.loads(file.read_text().splitlines()[0])['commit'] for file in report.FOLDER.glob('*/*.jsonl')}
+    strangers = [x for x in commits if git('merge-base', '--is-ancestor', x, 'HEAD').returncode]
+    assert commits and not strangers
 
 
 @pytest.mark.skipif(not GPU, reason='measures on a GPU')
