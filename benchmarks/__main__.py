@@ -16,6 +16,7 @@ from . import measuring
 
 COMMANDS = {
     'run': 'the modes, forward and backward, beside fla-core and attention',
+    'models': 'chunk at the dims of models, beside mamba_ssm and fla-core',
     'shapes': 'chunk over lengths and dims, to find shapes that cost more than their neighbours',
     'decode': 'a decode step from a pool of states',
     'host': 'how long a call keeps the host',

@@ -23,6 +23,10 @@ from fla_simple_gla.hopper import attention_for, sweeps_for
 
 ALL = Gradients(True, True, True, True, True)
 SEGMENT_TOKENS = 512
+H = 4  # heads of v
+# K, V and heads of q
+DIMS = ((64, 64, 4), (128, 128, 4), (256, 256, 4))
+HOPPER_DIMS = ((64, 128, 4), (128, 64, 4), (128, 64, 2), (192, 192, 4), (256, 512, 4), (512, 512, 4))
 
 
 class NoGpu:
@@ -53,18 +57,20 @@ def use_no_gpu(arch: int) -> None:
             if hasattr(module, function):
                 mock.patch.object(module, function, lambda *_, value=value: value).start()
     if arch == 90:
-        from fla_simple_gla.hopper import attention, reverse, sweep, wide
+        from fla_simple_gla.hopper import attention, gradients, sweep, wide
 
-        for module in (attention, reverse, sweep, wide):
+        for module in (attention, gradients, sweep, wide):
             mock.patch.object(module, 'multiprocessors', lambda device: 132).start()
 
 
-def inputs_of(D: int, dtype: torch.dtype, states: bool = False, packed: bool = False) -> Inputs:
-    B, T, H = 1 if packed else 2, 2048, 4
-    q, k, v = torch.zeros(3, B, T, H, D, dtype=dtype)
+def inputs_of(dims: tuple, dtype: torch.dtype, states: bool = False, packed: bool = False) -> Inputs:
+    K, V, HK = dims
+    B, T = 1 if packed else 2, 2048
+    q, k = torch.zeros(2, B, T, HK, K, dtype=dtype)
     bounds = torch.tensor([0, 1000, 1100, T]) if packed else None
     N = len(bounds) - 1 if packed else B
-    return Inputs(q, k, v, torch.zeros(B, T, H), torch.zeros(N, H, D, D) if states else None, bounds)
+    v, state = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(N, H, K, V) if states else None
+    return Inputs(q, k, v, torch.zeros(B, T, H), state, bounds)
 
 
 def launches_of(run, *arguments) -> list:
@@ -72,21 +78,22 @@ def launches_of(run, *arguments) -> list:
     return dry_run(Pass(run.__wrapped__, arguments, 0, True))
 
 
-def chunk_launches(D: int, dtype: torch.dtype, states: bool, packed: bool) -> list:
-    x = inputs_of(D, dtype, states, packed)
+def chunk_launches(dims: tuple, dtype: torch.dtype, states: bool, packed: bool) -> list:
+    x = inputs_of(dims, dtype, states, packed)
+    K, V, _ = dims
     precision = 'tf32x3' if dtype == torch.float32 else None
     setting = Setting(0.1, SEGMENT_TOKENS if packed else None, precision=precision)
     options = Options(0.1, True, precision=precision)
     found = launches_of(chunk.forward_pass, x, options, sweeps_for(*x[:3]), setting)
     # the states before segments, as many as there may be, and the gradient of the final states
-    state = torch.zeros(64, 4, D, D) if packed else x.initial_state
-    dht = torch.zeros(3 if packed else 2, 4, D, D)
+    state = torch.zeros(64, H, K, V) if packed else x.initial_state
+    dht = torch.zeros(3 if packed else 2, H, K, V)
     needs = ALL._replace(initial_state=states)
     return found + launches_of(chunk.backward_pass, (*x, state, None, torch.zeros_like(x.v), dht), needs, setting)
 
 
-def parallel_launches(D: int, dtype: torch.dtype, packed: bool) -> list:
-    x = inputs_of(D, dtype, packed=packed)
+def parallel_launches(dims: tuple, dtype: torch.dtype, packed: bool) -> list:
+    x = inputs_of(dims, dtype, packed=packed)
     options = Options(0.1, precision='tf32x3' if dtype == torch.float32 else None)
     attend = attention_for(*x[:3])
     needs = ALL._replace(initial_state=False)
@@ -96,18 +103,18 @@ def parallel_launches(D: int, dtype: torch.dtype, packed: bool) -> list:
     )
 
 
-def launches() -> list[tuple[str, object]]:
+def launches(arch: int) -> list[tuple[str, object]]:
     """Calls, and the launches of their passes."""
     found = []
     kinds = {'': (False, False), ' with states': (True, False), ' packed': (True, True)}
     for dtype in (torch.bfloat16, torch.float32):
-        for D in (64, 128, 256):
+        for dims in DIMS + (HOPPER_DIMS if dtype == torch.bfloat16 and arch == 90 else ()):
+            name = '{} K {} V {} HK {}'.format(str(dtype)[6:], *dims)
             for kind, (states, packed) in kinds.items():
-                call = f'chunk {str(dtype)[6:]} D {D}{kind}'
-                found += [(call, launch) for launch in chunk_launches(D, dtype, states, packed)]
-                if not states or packed:
-                    call = f'parallel {str(dtype)[6:]} D {D}{kind}'
-                    found += [(call, launch) for launch in parallel_launches(D, dtype, packed)]
+                found += [(f'chunk {name}{kind}', launch) for launch in chunk_launches(dims, dtype, states, packed)]
+                if dims in DIMS and (not states or packed):
+                    launches = parallel_launches(dims, dtype, packed)
+                    found += [(f'parallel {name}{kind}', launch) for launch in launches]
     return found
 
 
@@ -127,7 +134,7 @@ def row(launch: tuple, arch: int) -> str:
     registers = max(map(int, re.findall(r'Used (\d+) registers', text)))
     spills = [sum(map(int, re.findall(rf'(\d+) bytes spill {what}', text))) for what in ('stores', 'loads')]
     warnings = ' '.join(sorted({*re.findall(r'C75\d\d', text)}))
-    cells = f'{compiled.metadata.name:<48} {call:<32} {registers:>4} {spills[0]:>5} {spills[1]:>5}'
+    cells = f'{compiled.metadata.name:<48} {call:<46} {registers:>4} {spills[0]:>5} {spills[1]:>5}'
     return f'{cells} {compiled.metadata.shared:>8} {warnings}'.rstrip()
 
 
@@ -139,10 +146,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     use_no_gpu(options.arch)
     todo = {}
-    for call, launch in launches():
+    for call, launch in launches(options.arch):
         if options.match in call or options.match in launch.kernel.__name__:
             todo.setdefault(launch.key(0), (call, launch))
-    print(f'{"kernel":<48} {"call":<32} {"regs":>4} {"spill":>5} {"":>5} {"shared":>8}')
+    print(f'{"kernel":<48} {"call":<46} {"regs":>4} {"spill":>5} {"":>5} {"shared":>8}')
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(lambda launch: row(launch, options.arch), todo.values()):
             print(line, flush=True)

@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("pictures need matplotlib: pip install -e '.[bench]'")
 
-from .report import Files, Picture, Results, gpu
+from .report import Files, Picture, Results, dims_of, gpu
 from .shapes import HEADS, PASSES
 
 
@@ -124,6 +124,7 @@ def accuracy(figure: Figure, results: Results, theme: Theme) -> None:
         for dtype, color in colors.items():
             for states, style in ((False, '-'), (True, '--')):
                 rows = results.find(mode='chunk', dtype=dtype, result=name, states=states)
+                rows = [row for row in rows if dims_of(row) is None]
                 x, y = [row['T'] for row in rows], [row['error'] for row in rows]
                 title = dtype + (', with states' if states else '')
                 axes.plot(x, y, color=color, linestyle=style, marker='o', markersize=3, label=title)

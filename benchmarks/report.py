@@ -8,7 +8,7 @@ The result files, each with the command that made it in its first line:
 
     python -m benchmarks run --out benchmarks/results/h200/run.jsonl
 
-and so on for peers, plain, shapes, decode, host, compiled and accuracy; a folder for each card.
+and so on for models, peers, plain, shapes, decode, host, compiled and accuracy; a folder for each card.
 """
 
 import argparse
@@ -219,13 +219,43 @@ def accuracy(files: Files) -> str:
     """The worst error over lengths, gate memories and cards."""
     cards = [files[f'{card}/accuracy'] for card in CARDS]
     columns = {'o': ['o'], 'final state': ['ht'], 'dq, dk, dv': ['dq', 'dk', 'dv'], 'dg': ['dg'], 'dh0': ['dh0']}
+    groups: dict[tuple, list[dict]] = {}
+    for row in sorted((row for card in cards for row in card.rows), key=lambda row: dims_of(row) or ''):
+        groups.setdefault((row['mode'], row['dtype'], dims_of(row)), []).append(row)
+    modes = list(dict.fromkeys(row['mode'] for row in cards[0].rows))
     cells = []
-    for mode in dict.fromkeys(row['mode'] for row in cards[0].rows):
-        for dtype in dict.fromkeys(row['dtype'] for row in cards[0].rows):
-            rows = [row for card in cards for row in card.find(mode=mode, dtype=dtype)]
-            worst = [[row['error'] for row in rows if row['result'] in names] for names in columns.values()]
-            cells.append([f'`{mode}`, {dtype}', *(f'{max(x):.1e}' if x else '-' for x in worst)])
+    for (mode, dtype, dims), rows in sorted(groups.items(), key=lambda group: modes.index(group[0][0])):
+        worst = [[row['error'] for row in rows if row['result'] in names] for names in columns.values()]
+        name = f'`{mode}`, {dtype}' + (f', {dims}' if dims else '')
+        cells.append([name, *(f'{max(x):.1e}' if x else '-' for x in worst)])
     return markdown(['relative RMS error', *columns], cells) + ''.join(map(source, cards))
+
+
+def dims_of(row: dict) -> str | None:
+    """The dims of a row of `accuracy` in words, if they are not 128 with as many heads of q as of v."""
+    dims = tuple(row.get(name, default) for name, default in (('K', 128), ('V', 128), ('HK', 8)))
+    if dims == (128, 128, 8):
+        return None
+    return 'K {} V {}'.format(*dims) + (', heads share q and k' if dims[2] < 8 else '')
+
+
+def models(card: str, files: Files) -> str:
+    """The dims of models, beside what others take."""
+    results = files[f'{card}/models']
+    peers = {'mamba_ssm': 'mamba_ssm', 'fla chunk': 'fla-core'}
+    cells = []
+    for row in results.find(implementation='chunk'):
+        others = [x for x in results.find(model=row['model']) if x['implementation'] in peers]
+        shape = 'B{B} T{T} H{H} HK{HK} K{K} V{V}'.format(**row)
+        cell = [f'{row["model"]}: {shape}']
+        for x in ('forward', 'both'):
+            ms, limit = row[f'{x}_ms'], row[f'{x}_limit_ms']
+            cell += [digits(ms), f'{digits(limit)} ({limit / ms:.0%})']
+            cell.append(''.join(f'{digits(y[f"{x}_ms"])} ({peers[y["implementation"]]})' for y in others))
+        memory = [f'{y["memory_mib"]:,.0f}' for y in (row, *others)]
+        cells.append([*cell, ' / '.join(memory), f'{row["error"]:.1e}'])
+    headings = ['model', 'forward', 'limit', 'peer', 'forward + backward', 'limit', 'peer', 'MiB / peer', 'error']
+    return markdown(headings, cells) + source(results)
 
 
 def source(results: Results) -> str:
@@ -243,7 +273,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     'accuracy': accuracy,
 }
 for _card in CARDS:
-    for _table in (speed, peers, plain, decode, host, compiled):
+    for _table in (speed, models, peers, plain, decode, host, compiled):
         TABLES[f'{_table.__name__}-{_card}'] = lambda files, table=_table, card=_card: table(card, files)
 
 

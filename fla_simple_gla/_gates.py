@@ -27,6 +27,7 @@ numbers, in fp32. Where they are left:
     sweeps         w has                                y has
     plain, wide    all of q . dq                        of k . dk, the part of pairs inside a chunk
     Hopper, <= 128 what S adds, less sum_i A_is         sum_j A_sj, negative
+    pairs of heads all of do . o, which is q . dq       of v . dv, which is k . dk, the part of pairs inside a chunk
 
 Over chunks, `crossing + sum z` of one is `crossing + sum (w - y)` of the next. A sum that runs far this way telescopes:
 the rounding of w and z, which come from states in the inputs' dtype, adds up, and the value does not. So:

@@ -23,6 +23,7 @@ be a burden.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,11 @@ from ._layout import (
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._sweeps import Operands, Setting, SweepConfig, final_states
+from ._sweeps import Operands, Setting, final_states
 from ._triton import jit, kernel_name, tl
 from ._validation import Call
 from .fused_chunk import gradients, naive, outputs, sweep_config, sweep_gates
-from .hopper import Sweeps, as_taken, sweeps_for, sweeps_of
+from .hopper import CHUNK_TOKENS, LEAST_GAIN, Sweeps, as_taken, sweeps_for, sweeps_of
 
 SCANNED_CHUNKS = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
@@ -313,54 +314,61 @@ def summary_config(K: int, V: int, dtype: torch.dtype, device: torch.device) -> 
 
 # The cost model of `segment_tokens`. Its unit is the time of a chunk in a sweep.
 #
-# Programs of a plain sweep that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each but the first adds
-# to the time of a chunk. A program for Hopper counts as alone on its multiprocessor, with 128 columns of V. (At D 64
-# two share one in the sweeps for o and dq, but not in that for dk and dv.)
+# Plain sweeps. Programs that share a multiprocessor (Hopper, 16 bits, up to D 256), and what each but the first adds to
+# the time of a chunk. A chunk in a summary, in both directions together, if none has decayed: the host does not know
+# which have. The launches of a summary and its combine.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 SHARING_COST_IN_CHUNKS = 0.3
-# A chunk in a summary, in both directions together, if none has decayed: the host does not know which have.
 SUMMARY_COST_IN_CHUNKS = 0.25
-# The launches of a summary and its combine. In a CUDA graph they took as long as 6 to 13 chunks (one H200, shapes of
-# 512 to 4096 tokens). But with 16 here `chunk` was slower than `fused_chunk`, which runs in one piece: forward at B4
-# T4096 H16 D128 0.112 ms to 0.097, and at B2 T2048 H16, where the host is the bound, 0.107 to 0.050.
 LAUNCH_COST_IN_CHUNKS = 24
+# Sweeps for Hopper, which say how long a chunk takes. A program counts as alone on its multiprocessor. (At D 64 two
+# share one in the sweeps for o and dq, but not in that for dk and dv.) In CUDA graphs on one H200, what two segments
+# take more than half of the time of one, in microseconds, and chunks that the summary reads:
+#   D 128, B4 H16           T 2048    45, 16 chunks     T 4096   61, 27 chunks
+#   D 256, B8 T4096 H4      66, 27 chunks
+#   K 128, V 64, 80 heads   B1 T4096  33, 27 chunks
+# The forward of B4 T4096 H16 D128 takes 0.107 ms in two segments and 0.092 in one; with the backward 0.369 and 0.427.
+LAUNCH_MICROSECONDS = 22.0
+SUMMARY_MICROSECONDS = 1.2
 # A segment in the combine.
 COMBINE_COST_IN_CHUNKS = 0.1
 # Segments are multiples of so many tokens, so that anchors may be as far apart (`_gates.py`).
 SEGMENT_MULTIPLE = 256
-# Columns of V of a program for Hopper.
-HOPPER_COLUMNS = 128
 # Packed sequences stay in one piece if the fp32 states before them took more than this part of the memory of k.
 STATES_TO_K = 1 / 4
 
 
+class Load(NamedTuple):
+    """What `segment_tokens` knows of the sweeps of a call."""
+
+    programs: float  # of a sweep for each head
+    BT: int  # tokens to a chunk
+    microseconds: float | None = None  # of a chunk in the sweeps for Hopper; None of plain ones
+
+    def launch_cost(self) -> float:
+        return LAUNCH_COST_IN_CHUNKS if self.microseconds is None else LAUNCH_MICROSECONDS / self.microseconds
+
+    def summary_cost(self) -> float:
+        return SUMMARY_COST_IN_CHUNKS if self.microseconds is None else SUMMARY_MICROSECONDS / self.microseconds
+
+
 @functools.lru_cache(4096)
 def segment_tokens(
-    rows: int,
-    T: int,
-    H: int,
-    V: int,
-    config: SweepConfig,
-    device: torch.device,
-    specialized: bool,
-    sequences: int | None = None,
+    rows: int, T: int, H: int, V: int, load: Load, device: torch.device, sequences: int | None = None
 ) -> int | None:
     """Tokens to a segment, a multiple of SEGMENT_MULTIPLE, for `rows` of T tokens, one of which may hold `sequences`
-    packed ones; None if they stay in one piece. config is that of the plain sweeps; specialized tells whether those for
-    Hopper take their place.
+    packed ones; None if they stay in one piece.
 
-    The length is the one with which, by the cost model above, the last program ends first. A chunk took 2.4
-    microseconds at D 128 and 1.4 at D 64 on one H200.
+    The length is the one with which, by the cost model above, the last program ends first.
     """
     if not exists(device) or rows == 0:  # in the interpreter there is nothing to fill
         return None
     # (k has 2 bytes to a number, a state 4)
     if sequences is not None and sequences * V * 2 > T * STATES_TO_K:
         return None
-    BT = config.BT
-    programs = rows * H * cdiv(V, HOPPER_COLUMNS if specialized else config.BV)
+    programs = math.ceil(rows * H * load.programs)
     processors = multiprocessors(device)
-    at_once = processors if specialized else processors * PROGRAMS_PER_MULTIPROCESSOR
+    at_once = processors * (PROGRAMS_PER_MULTIPROCESSOR if load.microseconds is None else 1)
 
     def chunk_time(programs):
         if programs > at_once:
@@ -368,14 +376,16 @@ def segment_tokens(
             return cdiv(programs, at_once) * (1 + SHARING_COST_IN_CHUNKS * (at_once // processors - 1))
         return 1 + SHARING_COST_IN_CHUNKS * (cdiv(programs, processors) - 1)
 
-    best, chosen = cdiv(T, BT) * chunk_time(programs), None
+    in_one_piece = chunk_time(programs)
+    if load.microseconds is not None and sequences is None and in_one_piece > (1 + LEAST_GAIN) * programs / at_once:
+        in_one_piece = max(programs / at_once, 1)  # they share the work
+    best, chosen = cdiv(T, load.BT) * in_one_piece, None
     blocks = cdiv(T, SEGMENT_MULTIPLE)
     for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
         segment = cdiv(blocks, segments) * SEGMENT_MULTIPLE
         segments = cdiv(T, segment)
-        chunks = segment // BT
         sweep, summary = chunk_time(programs * segments), chunk_time(programs * (segments - 1))
-        cost = chunks * (sweep + SUMMARY_COST_IN_CHUNKS * summary) + LAUNCH_COST_IN_CHUNKS
+        cost = segment // load.BT * (sweep + load.summary_cost() * summary) + load.launch_cost()
         cost += COMBINE_COST_IN_CHUNKS * segments
         if cost < best:
             best, chosen = cost, segment
@@ -419,9 +429,14 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     B, T, _, K = q.shape
     H, V = inputs.v.shape[2:]
     sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    config = sweep_config(K, V, q.dtype, q.device)
-    specialized = sweeps_of(K, V, q.dtype, q.device) is not None
-    return segment_tokens(B, T, H, V, config, q.device, specialized, sequences)
+    # as if no heads shared q and k: that must not change the bits of the forward
+    hopper = sweeps_of(K, V, q.dtype, q.device)
+    if hopper:
+        load = Load(hopper.programs, CHUNK_TOKENS, hopper.microseconds)
+    else:
+        config = sweep_config(K, V, q.dtype, q.device)
+        load = Load(cdiv(V, config.BV), config.BT)
+    return segment_tokens(B, T, H, V, load, q.device, sequences)
 
 
 def choices(inputs: Inputs, options: Options):

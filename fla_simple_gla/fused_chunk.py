@@ -26,8 +26,8 @@ chunks the product of the S before a chunk with the dS after it; `_gates.py` say
 k . dk have two parts, of the pairs inside a chunk and of the carried state. The terms of the pairs are in q . dq and in
 k . dk. Both sweeps round the same decayed do_i . v_j, so these terms cancel to fp32 accuracy.
 
-On Hopper, 16-bit inputs go to the kernels of `hopper/` if K and V are multiples of 8 up to 256 and TMA can read the
-rows. Up to 128 these make dk and dv in one sweep.
+On Hopper, 16-bit inputs go to the kernels of `hopper/` if K and V are multiples of 8 and TMA can read the rows. Up to
+128 these make dk and dv in one sweep.
 """
 
 import functools
@@ -421,7 +421,7 @@ def outputs(
 def gradients(
     inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting
 ) -> Gradients:
-    """The gradients that are needed; q and k get one for each head of v.
+    """The gradients that are needed; q and k get several, one for each head of v or for each two.
 
     `states` are those that the sequences or their segments start with, the gradients of those that they end with, and
     where the gradients of the initial states go. Each may be None.
@@ -433,8 +433,8 @@ def gradients(
     hopper = sweeps_for(q, k, v, do)
     # Where dk and dv are two sweeps, dv is allocated after the anchors are freed, so more anchors take no more memory.
     # Wide states need them: with 384 tokens to a block the error of dg was 7.6e-3 at K 256, V 160.
-    one_reverse_sweep = hopper is not None and hopper.reverse_sweep is not None
-    setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if one_reverse_sweep else 256))
+    at_once = hopper.gradients if hopper else None
+    setting = setting._replace(BA=anchor_tokens(setting.segment, 384 if at_once else 256))
     anchors = None
     dq = dk = dv = dg = y = None
     if needs.g:
@@ -448,22 +448,28 @@ def gradients(
         BT = 0 if gates is None else gates.shape[-1]
     common = dict(cu_seqlens=cu_seqlens, anchors=anchors)
     if needs.q or needs.g:
-        operands = Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common)
-        dq, w, y, *_ = run(operands, setting._replace(role='dq'))
-        del operands
+        as_dq = setting._replace(role='dq')
+        if hopper and hopper.pairs:
+            dq, _, w, *_ = at_once(Operands(q, k, v, gates, state, **common), do, as_dq)
+        else:
+            operands = Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common)
+            dq, w, y, *_ = run(operands, as_dq)
+            del operands
     setting = setting._replace(reverse=True)
-    if one_reverse_sweep:
+    if at_once:
         if needs.k or needs.v or needs.g or needs.initial_state:
-            dk, dv, z, s_ds = hopper.reverse_sweep(Operands(q, k, v, gates, dstate, dh0, **common), do, setting)
+            operands = Operands(q, k, v, gates, dstate, dh0, **common)
+            dk, dv, z, pairs, s_ds = at_once(operands, do, setting._replace(role='dk_dv'))
+            y = pairs if y is None else y
     else:
         if needs.k or needs.g:
             operands = Operands(v, do, q, gates, transposed(dstate), x=k if needs.g else None, **common)
-            dk, z, pairs, s_ds = run(operands, setting._replace(role='dk'))
-            y = pairs if y is None else y
+            dk, z, y, s_ds = run(operands, setting._replace(role='dk'))
             del operands
         del common, anchors
         if needs.v or needs.initial_state:
-            dv, *_ = run(Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens), setting._replace(role='dv'))
+            operands = Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens)
+            dv, *_ = run(operands, setting._replace(role='dv'))
     if needs.g:
         dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting, BT)
     return Gradients(dq, dk, dv, dg, dh0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import DEVICE, GPU, HALF, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
 
-from fla_simple_gla import chunk, fused_chunk, hopper, parallel
+from fla_simple_gla import chunk, fused_chunk, fused_chunk_simple_gla, hopper, parallel
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._layout import is_hopper
 from fla_simple_gla._plans import Inputs, Options, Plan
@@ -48,9 +48,9 @@ def test_what_the_sweeps_for_hopper_take(hopper_switch):
     hopper_switch(None)
     assert {module_for(K=K, V=V) for K, V in ((64, 64), (128, 128), (8, 96), (128, 40))} == {'sweep'}
     if why_not('wide') is None:
-        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136))} == {'wide'}
+        assert {module_for(K=K, V=V) for K, V in ((256, 256), (64, 136), (512, 8), (512, 512))} == {'wide'}
     assert module_for(dtype=torch.float16, HK=1, layout='qkv', cu_seqlens=(0, 90, 200)) == 'sweep'
-    others = [dict(dtype=torch.float32), dict(K=512), dict(V=20), dict(layout='odd')]
+    others = [dict(dtype=torch.float32), dict(V=20), dict(layout='odd')]
     assert [module_for(**change) for change in others] == [None] * len(others)
     hopper_switch('0')
     assert module_for() is None
@@ -67,20 +67,102 @@ def test_what_the_attention_for_hopper_takes(hopper_switch):
 def test_modes_take_the_sweeps_for_hopper_unless_they_are_switched_off(hopper_switch, monkeypatch):
     hopper_switch(None)
     launch_by_triton(monkeypatch)
-    case = Case(200, K=64, V=64, dtype=HALF)
-    sweeps = sweeps_for(*qkv(make_inputs(case)))
-    calls = mock.Mock(**{f'{name}.side_effect': getattr(sweeps, name) for name in ('sweep', 'reverse_sweep')})
-    watched = sweeps._replace(sweep=calls.sweep, reverse_sweep=calls.reverse_sweep)
-    monkeypatch.setattr(hopper, 'sweeps_of', lambda *_: watched)
-    for mode in ('chunk', 'segments', 'fused_chunk'):
-        calls.reset_mock()
-        run(MODES[mode], case)
-        assert [name for name, *_ in calls.mock_calls] == ['sweep', 'sweep', 'reverse_sweep']
+    calls = mock.Mock()
+
+    def watched(*arguments):
+        sweeps = sweeps_of(*arguments)
+        for name in ('sweep', 'gradients'):
+            getattr(calls, name).side_effect = getattr(sweeps, name)
+        return sweeps._replace(sweep=calls.sweep, gradients=sweeps.gradients and calls.gradients)
+
+    monkeypatch.setattr(hopper, 'sweeps_of', watched)
+    alone, pairs, wide = ['sweep', 'sweep', 'gradients'], ['sweep', 'gradients', 'gradients'], ['sweep'] * 4
+    for V, heads, expected in ((64, 2, alone), (128, 2, alone), (64, 1, pairs), (256, 1, wide)):
+        case = Case(200, K=128, V=V, HK=heads, dtype=HALF)
+        for mode in ('chunk', 'segments', 'fused_chunk'):
+            calls.reset_mock()
+            run(MODES[mode], case)
+            assert [name for name, *_ in calls.mock_calls] == expected
     monkeypatch.setattr(hopper, 'sweeps_of', sweeps_of)
     hopper_switch('0')
     calls.reset_mock()
     run(MODES['chunk'], case)
     assert not calls.mock_calls
+
+
+# K, V, heads of v and of q: every kernel that makes o, in every way in which states are cut
+STATES = [(64, 64, 2, 2), (128, 128, 2, 2), (64, 128, 2, 2), (128, 64, 2, 2), (128, 64, 4, 1), (192, 192, 2, 2),
+          (256, 256, 2, 1), (256, 512, 1, 1), (512, 512, 1, 1)]  # fmt: skip
+
+
+def skip_unless_taken(K: int, V: int) -> None:
+    if reason := why_no_sweeps(K, V, HALF, torch.device(DEVICE, 0)):
+        pytest.skip(reason)
+
+
+@on_hopper
+@pytest.mark.parametrize('gate', ['g', 'gamma'])
+@pytest.mark.parametrize('K, V, H, HK', STATES)
+def test_an_open_chunk_has_the_bits_of_a_full_pass(K, V, H, HK, gate):
+    """From the fp32 state at its start: what stands after a token never touches its row, in o and in dq."""
+    skip_unless_taken(K, V)
+    case = Case(192, K=K, V=V, H=H, HK=HK, dtype=HALF, gate=gate, initial_state=False, output_final_state=False)
+    inputs = make_inputs(case)
+
+    def rows(start: int, end: int, state: torch.Tensor | None) -> list[torch.Tensor]:
+        cut = {name: x if name == 'g_gamma' or x is None else x[:, start:end] for name, x in inputs.items()}
+        cut['q'] = cut['q'].detach().requires_grad_()
+        of_call = {name: cut[name] for name in ('q', 'k', 'v', 'g', 'g_gamma')}
+        o, state = fused_chunk_simple_gla(**of_call, initial_state=state, output_final_state=True)
+        return [o, torch.autograd.grad(o, cut['q'], cut['do'])[0], state]
+
+    *full, _ = rows(0, 192, None)
+    *_, state = rows(0, 128, None)
+    for tokens in (1, 16, 41, 64):
+        for whole, part in zip(full, rows(128, 128 + tokens, state)):
+            assert torch.equal(whole[:, 128 : 128 + tokens], part)
+
+
+@on_hopper
+@pytest.mark.parametrize('mode', ['chunk', 'segments', 'fused_chunk'])
+@pytest.mark.parametrize('K, V', [(128, 64), (72, 40), (64, 64), (128, 128), (256, 64), (256, 128)])
+def test_heads_that_share_q_and_k_have_the_bits_of_heads_that_do_not(K, V, mode):
+    skip_unless_taken(K, V)
+    inputs = make_inputs(Case(500, K=K, V=V, H=4, HK=1, dtype=HALF))
+    given = {name: inputs[name] for name in ('q', 'k', 'v', 'g', 'initial_state')}
+    expected = None
+    for heads in (1, 2, 4):
+        repeated = {name: given[name].repeat_interleave(heads, 2) for name in 'qk'}
+        found = MODES[mode](**given | repeated, output_final_state=True)
+        expected = expected or found
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    'K, V, H, HK', [(64, 64, 300, 300), (128, 128, 140, 140), (128, 64, 300, 1), (256, 256, 70, 70)]
+)
+def test_programs_that_share_heads_give_the_same_bits(K, V, H, HK, monkeypatch):
+    """Where the programs are no divisor of the heads, they hand over states in the middle of some."""
+    skip_unless_taken(K, V)
+    launch_by_triton(monkeypatch)
+    case = Case(700, K=K, V=V, H=H, HK=HK, dtype=HALF)
+    inputs = make_inputs(case)
+    found = []
+    for gain in (0.0, float('inf')):
+        monkeypatch.setattr(common_of_hopper(), 'LEAST_GAIN', gain)
+        found.append(run(MODES['fused_chunk'], case, inputs))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    monkeypatch.setattr(common_of_hopper(), 'LEAST_GAIN', 0.0)
+    again = run(MODES['fused_chunk'], case, inputs)
+    assert all(torch.equal(again[name], found[0][name]) for name in again)
+
+
+def common_of_hopper():
+    """The module, which needs Gluon."""
+    from fla_simple_gla.hopper import common
+
+    return common
 
 
 def mean(do: torch.Tensor) -> torch.Tensor:
@@ -134,7 +216,7 @@ def test_which_gradients_are_copied_for_the_kernels_for_hopper(mode, layout, mon
     passes = mock.Mock(return_value=[None] * 5)
     monkeypatch.setattr(module, 'backward_pass', passes)
     place_of_do = {'chunk': 10, 'fused_chunk': 9, 'parallel': 11}[mode]
-    for sweeps in (Sweeps(None, None, None), None):
+    for sweeps in (Sweeps(None, None, False, 1.0, 1.0, None), None):
         monkeypatch.setattr(hopper, 'sweeps_of', lambda *_, sweeps=sweeps: sweeps)
         monkeypatch.setattr(chunk, 'sweeps_of', lambda *_, sweeps=sweeps: sweeps)
         if mode == 'parallel':

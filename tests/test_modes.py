@@ -109,8 +109,13 @@ GPU_CASES = [
     Case(1000, K=128, V=128, dtype=bf16, gate_dtype=bf16, state_dtype=bf16), Case(3000, K=128, V=128, memory=1000),
 ]  # fmt: skip
 
-# The rows of the contract in which the state is cut into two halves of V.
-WIDE_CASES = [
+# States of every shape in the kernels for Hopper: cut to one program or several, to launches and to pieces; and two
+# heads that share q and k as one task.
+STATE_CASES = [
+    *(Case(500, K=K, V=V, H=3, dtype=bf16, seed=2) for K, V in ((64, 128), (128, 64), (40, 96), (96, 40))),
+    Case(1000, K=128, V=64, dtype=bf16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990)),
+    Case(1000, K=64, V=128, dtype=fp16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990), state_v_first=True),
+    Case(3000, K=64, V=128, H=160, HK=80, dtype=bf16, memory=1000),
     Case(64, K=256, V=256, dtype=bf16, initial_state=False, output_final_state=False),
     Case(500, K=256, V=160, H=3, dtype=bf16),
     Case(500, K=160, V=256, H=3, dtype=bf16), Case(500, K=256, V=64, dtype=bf16), Case(500, K=64, V=200, dtype=bf16),
@@ -120,8 +125,23 @@ WIDE_CASES = [
     Case(500, K=256, V=256, dtype=bf16, gate=None, state_v_first=True),
     Case(1000, K=256, V=256, dtype=bf16, layout='qkv', B=2),
     Case(1000, K=256, V=256, dtype=bf16, resets=LONG_RESETS, memory=300),
-    # More heads than programs that run at once.
-    Case(3000, K=256, V=256, H=80, dtype=bf16, memory=1000),
+    # More heads than programs that run at once, which then share some.
+    Case(3000, K=256, V=256, H=80, dtype=bf16, memory=1000), Case(1000, K=128, V=128, H=140, dtype=bf16, memory=1000),
+    Case(500, K=64, V=64, H=300, B=2, dtype=fp16, gate=None, memory=1000),
+    *(Case(500, K=K, V=V, dtype=bf16) for K, V in (
+        (192, 192), (256, 512), (512, 256), (512, 512), (320, 64), (40, 392), (384, 136), (128, 256))),
+    Case(1000, K=512, V=264, dtype=fp16, HK=1, state_v_first=True, memory=100),
+    Case(1000, K=512, V=512, dtype=bf16, cu_seqlens=(0, 0, 64, 65, 65, 700, 1000)),
+    Case(1000, K=256, V=512, dtype=bf16, gate='gamma', layout='qkv', B=2),
+    Case(1000, K=512, V=128, dtype=bf16, gate=None), Case(1000, K=192, V=512, dtype=bf16, resets=LONG_RESETS),
+    Case(500, K=128, V=64, H=4, HK=1, dtype=bf16), Case(500, K=256, V=64, H=6, HK=3, dtype=fp16, layout='qkv'),
+    Case(500, K=72, V=40, H=4, HK=2, dtype=bf16, state_v_first=True), Case(500, K=512, V=48, H=2, HK=1, dtype=bf16),
+    Case(1000, K=128, V=64, H=4, HK=1, dtype=bf16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990), gate_dtype=bf16),
+    Case(1000, K=128, V=64, B=2, H=8, HK=2, dtype=bf16, resets=LONG_RESETS, memory=300),
+    Case(1000, K=128, V=64, HK=1, dtype=bf16, initial_state=False, output_final_state=False),
+    Case(1000, K=128, V=64, H=8, HK=4, dtype=fp16, gate='gamma'),
+    Case(1000, K=128, V=64, H=4, HK=2, dtype=fp16, gate=None, layout='heads_first', B=2),
+    Case(3000, K=128, V=64, B=2, H=160, HK=1, dtype=bf16, memory=1000),
 ]  # fmt: skip
 
 
@@ -172,10 +192,18 @@ def test_states_beyond_half_precision(mode):
         *with_mode(SEGMENT_CASES, 'segments', slow=SLOW_SEGMENT_CASES),
         *with_mode(REVERSE_CASES, 'fused_recurrent', slow=SLOW_REVERSE_CASES),
         *(with_mode(GPU_CASES, *MODES) if GPU else []),
-        *(with_mode(WIDE_CASES, 'segments', 'fused_chunk') if GPU else []),
     ],
 )
 def test_against_naive(mode, case):
+    check_against_naive(mode, case)
+
+
+@pytest.mark.parametrize('mode, case', with_mode(STATE_CASES, 'segments', 'fused_chunk') if GPU else [])
+def test_states_of_all_shapes(mode, case):
+    check_against_naive(mode, case)
+
+
+def check_against_naive(mode, case):
     inputs = make_inputs(case)
     results = run(MODES[mode], case, inputs)
     check(case, results, reference(case, inputs))

@@ -22,18 +22,17 @@ from harness import (
 from fla_simple_gla import chunk, chunk_simple_gla, fused_chunk, naive_chunk_simple_gla
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._gates import anchor_tokens
+from fla_simple_gla.chunk import Load
 
 
 def test_how_many_segments(monkeypatch):
     """As many as fill the GPU. One, if the sequences and heads fill it."""
     monkeypatch.setattr(chunk, 'multiprocessors', lambda device: 132)
     monkeypatch.setattr(chunk, 'exists', lambda device: True)
-    monkeypatch.setattr(fused_chunk, 'is_hopper', lambda device: True)
 
-    def segments(B, T, H, D, sequences=None, specialized=False):
+    def segments(B, T, H, D, sequences=None, load=None):
         device = torch.device('cuda', 0)
-        config = fused_chunk.sweep_config.__wrapped__(D, D, torch.bfloat16, device)
-        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, config, device, specialized, sequences)
+        tokens = chunk.segment_tokens.__wrapped__(B, T, H, D, load or Load(-(-D // 64), 64), device, sequences)
         assert tokens is None or tokens % 128 == 0
         return 1 if tokens is None else -(-T // tokens)
 
@@ -45,12 +44,18 @@ def test_how_many_segments(monkeypatch):
     assert segments(2, 16384, 16, 128) == 4
     assert segments(1, 1_000_000, 4, 64) > 60
     # A program of the sweeps for Hopper takes a whole multiprocessor.
-    assert segments(4, 4096, 64, 128, specialized=True) == 1
-    assert segments(1, 131072, 8, 128, specialized=True) == 16
-    assert segments(2, 16384, 16, 128, specialized=True) == 4
+    d64, d128, d256, pairs = Load(1, 64, 1.0), Load(1, 64, 1.45), Load(2, 64, 2.45), Load(0.5, 64, 1.9)
+    assert segments(4, 4096, 64, 128, load=d128) == 1
+    assert segments(1, 131072, 8, 128, load=d128) == 16
+    assert segments(2, 16384, 16, 128, load=d128) == 4
     # Here halves would save less time than their launches take.
-    assert segments(4, 2048, 16, 128, specialized=True) == 1
-    assert segments(8, 1024, 8, 64, specialized=True) == 1
+    assert segments(4, 2048, 16, 128, load=d128) == 1
+    assert segments(8, 1024, 8, 64, load=d64) == 1
+    # A chunk of wide states takes longer.
+    assert segments(4, 4096, 16, 128, load=d128) == 1 and segments(8, 4096, 4, 256, load=d256) == 2
+    # Two heads that share q and k are one program; more programs than multiprocessors share the work.
+    assert segments(1, 32768, 128, 64, load=pairs) == 2 and segments(1, 4096, 80, 64, load=pairs) == 3
+    assert segments(4, 4096, 80, 64, load=pairs) == 1
     # Packed sequences are cut as one sequence of that length is, unless they are many and short.
     assert segments(1, 131072, 8, 128, 20) == segments(1, 131072, 8, 128)
     assert segments(1, 131072, 8, 128, 2000) == 1

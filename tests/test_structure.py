@@ -87,7 +87,7 @@ def expected_names(mode: str, inputs: dict) -> set[str]:
         names = [
             'hopper_sweep_o_K64_V64',
             'hopper_sweep_dq_K64_V64',
-            'hopper_reverse_sweep_dk_dv_K64_V64',
+            'hopper_gradients_dk_dv_K64_V64',
             'gate_gradient',
         ]
     else:

@@ -436,7 +436,7 @@ CONFIG = Config(2, 240, 24, 168)
 def launch_attention(tensors, setting):
     q, k, v, o, x, *others, cu_seqlens = tensors
     B, T, H, K, V = sizes(q, v)
-    D = padded(K, V)
+    D = max(padded(K, V))
     blocks = count_blocks(B, T, BLOCK_TOKENS, cu_seqlens)
     args = (
         descriptor(q, D, cu_seqlens, HALF.value), *(descriptor(t, D, cu_seqlens, BLOCK_TOKENS) for t in (k, v)),

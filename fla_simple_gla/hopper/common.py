@@ -5,6 +5,12 @@ tiles, sum gates, or add up rows. A program of a sweep takes one task after anot
 segment of it. All partitions go through its tasks in the same order, chunk by chunk. (The attention has tasks and gates
 of its own, and shares rings, tiles and descriptors.)
 
+**Relay.** Where the tasks are no multiple of the programs, and of equal length, programs share some: each takes as many
+chunks as any other. Program p begins with the first chunks of a task that program p + 1 ends with, goes on with whole
+tasks, and ends with the last chunks of a task that program p - 1 has begun. What it hands over is the fp32 state, so
+that no bit depends on it. As no program has fewer chunks than a task, the state is there in time. A program waits only
+for the first thing that a program before it does, and the GPU starts programs in their order: none waits forever.
+
 **Rings.** Partitions hand each other buffers in shared memory. A ring has n buffers, and to each two barriers: `full`
 completes when all producers have filled the buffer, `empty` when all consumers have read it. Whoever uses a ring goes
 round it with a cursor of its own, from `producer_start` or `consumer_start`:
@@ -18,7 +24,7 @@ The docstring of a kernel says who arrives at each barrier, and what the kernel 
 232,448 bytes of shared memory and 65,536 registers. One thread arrives for its partition, after the partition's warps
 were synchronised (bar.sync): triton 3.6 and 3.7 do that if shared memory was touched since the last time, later
 versions always. With 3.6 and 3.7 two arrivals come without it, of P in `sweep.py` and of the tiles in the key partition
-of `reverse.py`. They come right after a wait for wgmma, which is of the whole warp group. A tile that was loaded to
+of `gradients.py`. They come right after a wait for wgmma, which is of the whole warp group. A tile that was loaded to
 registers is released after the use of what was loaded, since an arrival waits for no load (see `row_sum_partition`).
 
 **Tiles** end where a sequence ends. All descriptors have five dimensions. In those of packed sequences the first two
@@ -27,6 +33,7 @@ have offsets that cancel each other modulo 2^64, so that the bound of the dimens
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -37,7 +44,10 @@ from triton.language import core
 from .._blocks import block_bounds, first_block, is_sequence, sequence_bounds, state_slot
 from .._driver import Tiles
 from .._gates import LOG2E, RESET
-from . import CHUNK_TOKENS
+from .._layout import cdiv
+from .._passes import empty, zeros
+from .._sweeps import Operands, Setting
+from . import CHUNK_TOKENS, LEAST_GAIN
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -164,10 +174,10 @@ def not_hoisted(x):
 
 @aggregate
 class Task:
-    """A head of a sequence, or of a segment of it."""
+    """A head of a sequence, or of a segment of it; or some heads next to each other."""
 
     i_s: gl.tensor  # the number of the sequence or segment among all that are swept
-    i_h: gl.tensor  # the head
+    i_h: gl.tensor  # the head, or the first of them
     i_b: gl.tensor  # the row of the batch
     i_n: gl.tensor  # the number of the sequence (`_blocks.py`)
     first: gl.tensor  # its first token
@@ -176,8 +186,13 @@ class Task:
     eos: gl.tensor  # the one after its last
 
     @gluon.jit
-    def chunks(self):
-        return (self.end - self.first + C - 1) // C
+    def tokens(self):
+        return self.end - self.first
+
+    @gluon.jit
+    def chunk(self, t, REVERSE: gl.constexpr):
+        """First token of the chunk that a sweep comes to after so many tokens, counted from that of the task."""
+        return ((self.tokens() - 1) // C * C - t) if REVERSE else t
 
 
 @aggregate
@@ -191,13 +206,17 @@ class Work:
     T: Number  # tokens to a row of the batch
     P: Number  # slots of the pool
     segment: Number  # tokens to a segment
+    relay: Pointer  # fp32 [programs, numbers of a state]: what programs hand over; or None
+    flags: Pointer  # int32 [programs, threads with a state]: whether it is there, zeros at first; or None
+    share: Number  # chunks to a program in a relay
     H: gl.constexpr
+    HEADS: gl.constexpr  # heads of a task
     SEGMENTS: gl.constexpr  # whether sequences are swept in segments
 
     @gluon.jit
     def task(self, i):
-        i_s = i // self.H
-        i_h = i % self.H
+        i_s = i // (self.H // self.HEADS)
+        i_h = i % (self.H // self.HEADS) * self.HEADS
         if self.SEGMENTS:
             i_b, i_n, first, end, bos, eos = block_bounds(self.cu_seqlens, i_s, self.N, self.T, self.segment)
             end = gl.where(is_sequence(i_n, self.N), gl.maximum(first, end), first)
@@ -219,6 +238,89 @@ class Work:
         return Task(i_s, i_h, i_b, i_n, first, end, bos, eos)
 
     @gluon.jit
+    def range(self):
+        """The first chunk of this program in a relay, among those of all tasks, and the one after its last."""
+        chunks = self.tasks * ((self.T + C - 1) // C)
+        begin = gl.minimum(gl.program_id(0) * self.share, chunks)
+        return begin, gl.minimum(begin + self.share, chunks)
+
+    @gluon.jit
+    def start(self):
+        """With `stop` and `step`, the numbers that this program takes."""
+        return gl.program_id(0) if self.relay is None else gl.to_tensor(0)
+
+    @gluon.jit
+    def stop(self):
+        if self.relay is None:
+            return self.tasks
+        else:
+            NT = (self.T + C - 1) // C
+            begin, end = self.range()
+            whole = end // NT - (begin + NT - 1) // NT
+            return gl.where(begin < end, whole + (end % NT != 0).to(gl.int32) + (begin % NT != 0).to(gl.int32), 0)
+
+    @gluon.jit
+    def step(self):
+        return gl.num_programs(0) if self.relay is None else gl.to_tensor(1)
+
+    @gluon.jit
+    def take(self, j):
+        """The task of number j; and from where to where to sweep, in tokens that the whole sweep comes to before."""
+        if self.relay is None:
+            task = self.task(j)
+            return task, gl.to_tensor(0), task.tokens()
+        else:
+            NT = (self.T + C - 1) // C
+            begin, end = self.range()
+            shared = (end % NT != 0).to(gl.int32)
+            i = (begin + NT - 1) // NT + j - shared
+            starts = j < shared
+            ends = i >= end // NT
+            task = self.task(gl.where(starts, end // NT, gl.where(ends, begin // NT, i)))
+            first = gl.where(ends & ~starts, begin % NT * C, 0)
+            return task, first, gl.where(starts, end % NT * C, task.tokens())
+
+    @gluon.jit
+    def handed_over(self, b_s, i_p, W: gl.constexpr, NW: gl.constexpr):
+        """Where the pieces of a state of warp group W are that program i_p hands over; and flags, one to a thread."""
+        PIECES: gl.constexpr = len(b_s)
+        layout: gl.constexpr = b_s[0].type.layout
+        ROWS: gl.constexpr = b_s[0].shape[0]
+        COLUMNS: gl.constexpr = b_s[0].shape[1]
+        i = (gl.program_id(1) * gl.num_programs(0) + i_p) * NW + W
+        o_r = not_hoisted(gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None] * COLUMNS
+        o_c = not_hoisted(gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)))[None, :]
+        p = self.relay + i.to(gl.int64) * (PIECES * ROWS * COLUMNS)
+        flags = self.flags + i * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+        return p + (o_r + o_c), ROWS * COLUMNS, flags
+
+    @gluon.jit
+    def hand_over(self, b_s, W: gl.constexpr, NW: gl.constexpr):
+        """Leave a state for the next program. A thread reads what the thread in its place has written, and so no thread
+        waits for others here.
+        """
+        p, SIZE, flags = self.handed_over(b_s, gl.program_id(0), W, NW)
+        for j in gl.static_range(len(b_s)):
+            gl.store(p + j * SIZE, b_s[j])
+        gl.inline_asm_elementwise(
+            'st.release.gpu.global.b32 [$1], 1; mov.b32 $0, 0;', '=r,l', [flags.to(gl.int64, bitcast=True)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @gluon.jit
+    def take_over(self, b_s, W: gl.constexpr, NW: gl.constexpr):
+        """The state that the program before has left, in tensors like these."""
+        p, SIZE, flags = self.handed_over(b_s, gl.program_id(0) - 1, W, NW)
+        gl.inline_asm_elementwise(
+            '{ .reg .pred p; wait: ld.acquire.gpu.global.b32 $0, [$1]; setp.eq.b32 p, $0, 0; @p bra wait; }', '=r,l',
+            [flags.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        found = ()
+        for j in gl.static_range(len(b_s)):
+            found = found + (gl.load(p + j * SIZE),)
+        return found
+
+    @gluon.jit
     def slot(self, i_n):
         """Where the state of sequence i_n lies; -1 where it has none."""
         return state_slot(self.indices, i_n, self.N, self.P)
@@ -232,8 +334,8 @@ class Work:
             return [RAGGED_END, end, i_h, RAGGED_END - (end - task.first) + i_t, i_d]
 
     @gluon.jit
-    def clear(self, task, desc, buf, i_d):
-        """Zeros in the rows of a task that is padding, or lies in no sequence."""
+    def clear(self, task, desc, buf, i_h, i_d):
+        """Zeros in the rows of head i_h of a task that is padding, or lies in no sequence."""
         COLUMNS: gl.constexpr = buf.shape[1]
         if self.cu_seqlens is not None or self.indices is not None:
             if ~is_sequence(task.i_n, self.N) | (self.slot(task.i_n) < 0):
@@ -242,7 +344,7 @@ class Work:
                 buf.store(gl.zeros([C, COLUMNS], buf.dtype, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
                 fence_async_shared()
                 for i_t in range(0, end - task.first, C):
-                    tma_store(desc, self.tile(task, end, task.i_h, i_t, i_d), buf)
+                    tma_store(desc, self.tile(task, end, i_h, i_t, i_d), buf)
 
     @gluon.jit
     def anchor(self, task, i_c, blocks, BA: gl.constexpr):
@@ -287,8 +389,8 @@ class States:
 
 @aggregate
 class Gates:
-    """Of each chunk in a ring the sums of its gates `[C]`, and the decays from its start `[C]`, times the scale, to its
-    end `[C]`, and over all of it `[1]`.
+    """Of each chunk in a ring, and of each head of a task, the sums of its gates `[C]`, and the decays from its start
+    `[C]`, times the scale, to its end `[C]`, and over all of it `[1]`.
     """
 
     sums: gl.shared_memory_descriptor
@@ -312,35 +414,47 @@ def gate_buffers(n: gl.constexpr, ring):
 def gate_partition(work, gates, g, strides, scale, REVERSE: gl.constexpr):
     """The gates of every chunk, from `g [B, T, H]` or None. One warp."""
     g_b, g_t, g_h = strides
+    HEADS: gl.constexpr = work.HEADS
     layout: gl.constexpr = gl.BlockedLayout([C // 32], [32], [1], [0])
     r = gl.arange(0, C, layout)
     at = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        L = task.end - task.first
-        NT = task.chunks()
-        o_t = (NT - 1) * C + r if REVERSE else r
-        b_g = gl.zeros([C], gl.float32, layout)
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        L = task.tokens()
+        o_t = task.chunk(first, REVERSE) + r
+        b_n = ()
         if g is not None:
             p_g = g + task.i_b * g_b + task.i_h.to(gl.int64) * g_h + (task.first + o_t).to(gl.int64) * g_t
-            # (back in time o_t is negative where there are no tokens)
-            b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
-        for _ in range(NT):
+            for h in gl.static_range(HEADS):
+                # (back in time o_t is negative where there are no tokens)
+                b_n = b_n + (gl.load(p_g + h * g_h, mask=(o_t >= 0) & (o_t < L), other=0.0),)
+        for _ in range(first, last, C):
+            gates_of = ()
+            for h in gl.static_range(HEADS):
+                b_g = gl.zeros([C], gl.float32, layout)
+                if g is not None:
+                    b_g = b_n[h].to(gl.float32) * LOG2E
+                    b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
+                gates_of = gates_of + (b_g,)
             if g is not None:
-                b_g = b_n.to(gl.float32) * LOG2E
-                b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
                 # those of the next chunk arrive while these are summed
                 o_t += -C if REVERSE else C
                 p_g += -C * g_t if REVERSE else C * g_t
-                b_n = gl.load(p_g, mask=(o_t >= 0) & (o_t < L), other=0.0)
-            whole = gl.floor(b_g + 0.5)
-            b_c = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
-            c_end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
-            gates.ring.acquire(at)
-            gates.sums.index(at.i).store(b_c)
-            gates.from_start.index(at.i).store(gl.exp2(b_c) * scale)
-            gates.to_end.index(at.i).store(gl.exp2(c_end - b_c))
-            gates.decays.index(at.i).store(gl.full([1], 0.0, gl.float32, layout) + gl.exp2(c_end))
+                b_n = ()
+                for h in gl.static_range(HEADS):
+                    b_n = b_n + (gl.load(p_g + h * g_h, mask=(o_t >= 0) & (o_t < L), other=0.0),)
+            for h in gl.static_range(HEADS):
+                b_g = gates_of[h]
+                whole = gl.floor(b_g + 0.5)
+                sums = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
+                end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
+                if h == 0:
+                    gates.ring.acquire(at)
+                n = at.i * HEADS + h
+                gates.sums.index(n).store(sums)
+                gates.from_start.index(n).store(gl.exp2(sums) * scale)
+                gates.to_end.index(n).store(gl.exp2(end - sums))
+                gates.decays.index(n).store(gl.full([1], 0.0, gl.float32, layout) + gl.exp2(end))
             gates.ring.commit(at)
             at = gates.ring.after(at)
 
@@ -362,45 +476,83 @@ class Sums:
 def sum_parts(partial, start, PARTS: gl.constexpr):
     """The rows of PARTS buffers added up to four, `[4, C]`, which the caller adds up."""
     # A warp has half of the columns, and a thread 4 of them in 2 rows of a slice: few, as it has few registers.
-    layout: gl.constexpr = gl.BlockedLayout([2, 4], [4, 8], [1, 2], [1, 0])
-    SLICES: gl.constexpr = partial.shape[1] // 8
-    total = gl.sum(partial.index(start).slice(0, 8, dim=0).load(layout).reshape([4, 2, C]), 1)
+    ROWS: gl.constexpr = 8 if partial.shape[1] > 8 else partial.shape[1]  # of a slice
+    layout: gl.constexpr = gl.BlockedLayout([ROWS // 4, 4], [4, 8], [1, 2], [1, 0])
+    SLICES: gl.constexpr = partial.shape[1] // ROWS
+    total = gl.sum(partial.index(start).slice(0, ROWS, dim=0).load(layout).reshape([4, ROWS // 4, C]), 1)
     for j in gl.static_range(1, SLICES * PARTS):
-        rows = partial.index(start + j // SLICES).slice(j % SLICES * 8, 8, dim=0).load(layout)
-        total += gl.sum(rows.reshape([4, 2, C]), 1)
+        rows = partial.index(start + j // SLICES).slice(j % SLICES * ROWS, ROWS, dim=0).load(layout)
+        total += gl.sum(rows.reshape([4, ROWS // 4, C]), 1)
     return total
 
 
 @gluon.jit
 def row_sum_partition(work, sums, x_o, pairs, REVERSE: gl.constexpr):
-    """Rows x . o of each chunk, to `x_o [B, H, T]`. Two warps.
+    """Rows x . o of each chunk, to `x_o [B, H, T]`. Two warps. The heads of a task have buffers one after the other.
 
-    With `pairs [B, H, T]` there are two such o, and the buffers of a chunk are those of the first and then of the
+    With `pairs [B, H, T]` there are two such o, and the buffers of a head are those of the first and then of the
     second: x_o gets the rows of the first, and pairs what those of the second have more.
     """
-    BUFFERS: gl.constexpr = sums.partial.shape[0] // sums.ring.full.shape[0]
+    BUFFERS: gl.constexpr = sums.partial.shape[0] // (sums.ring.full.shape[0] * work.HEADS)
     PARTS: gl.constexpr = BUFFERS if pairs is None else BUFFERS // 2
     at = consumer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        NT = task.chunks()
-        for i_c in range(NT):
-            i_t = (NT - 1 - i_c if REVERSE else i_c) * C
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for t in range(first, last, C):
+            i_t = task.chunk(t, REVERSE)
             sums.ring.wait(at)
-            b_x = gl.sum(sum_parts(sums.partial, at.i * BUFFERS, PARTS), 0)
-            r = gl.arange(0, C, b_x.type.layout)
-            o_x = (task.i_b * work.H + task.i_h) * work.T + task.first + i_t + r
-            mask = r < task.end - task.first - i_t
-            # A buffer is released after something that needs what was read of it. An arrival does not wait for the
-            # loads before it: where x was released right after them, its sums were now and then those of the next tile,
-            # which TMA had put there meanwhile (triton 3.6 on H200; ptxas leaves the last load under way across the
-            # barrier and the arrival).
-            gl.store(x_o + o_x, b_x, mask=mask)
-            if pairs is not None:
-                b_all = gl.sum(sum_parts(sums.partial, at.i * BUFFERS + PARTS, PARTS), 0)
-                gl.store(pairs + o_x, b_all - b_x, mask=mask)
+            for h in gl.static_range(work.HEADS):
+                start = (at.i * work.HEADS + h) * BUFFERS
+                b_x = gl.sum(sum_parts(sums.partial, start, PARTS), 0)
+                r = gl.arange(0, C, b_x.type.layout)
+                o_x = (task.i_b * work.H + task.i_h + h) * work.T + task.first + i_t + r
+                mask = r < task.end - task.first - i_t
+                # A buffer is released after something that needs what was read of it. An arrival does not wait for the
+                # loads before it: where x was released right after them, its sums were now and then those of the next
+                # tile, which TMA had put there meanwhile (triton 3.6 on H200; ptxas leaves the last load under way
+                # across the barrier and the arrival).
+                gl.store(x_o + o_x, b_x, mask=mask)
+                if pairs is not None:
+                    b_all = gl.sum(sum_parts(sums.partial, start + PARTS, PARTS), 0)
+                    gl.store(pairs + o_x, b_all - b_x, mask=mask)
             sums.ring.release(at)
             at = sums.ring.after(at)
+
+
+@gluon.jit
+def add_rows(x, ROWS: gl.constexpr):
+    """Rows of `x [64, N]`, in the layout of a product, added up to `[ROWS, N]`: 32, 16, 8 or 4. A thread has two of 16
+    rows, which it adds up; fewer than 32 are left if 2, 4 or 8 threads add up theirs too.
+    """
+    N: gl.constexpr = x.shape[1]
+    x = gl.sum(x.reshape([4, 2, 8, N]), 1)
+    if ROWS == 32:
+        return x.reshape([32, N])
+    else:
+        return gl.sum(x.reshape([4, 32 // ROWS, ROWS // 4, N]), 1).reshape([ROWS, N])
+
+
+@gluon.jit
+def decay_of_pairs(gates, i, o_i, o_j, J: gl.constexpr, N: gl.constexpr, scale, REVERSE: gl.constexpr):
+    """The decays of pairs of tokens in a chunk, in columns J to J + N, times the scale, from gates in buffer i."""
+    c_i = gates.sums.index(i).load(o_i.type.layout)
+    c_j = gates.sums.index(i).slice(J, N, dim=0).load(o_j.type.layout)
+    if REVERSE:
+        before = o_i[:, None] <= o_j[None, :] + J
+        d = c_j[None, :] - c_i[:, None]
+    else:
+        before = o_i[:, None] >= o_j[None, :] + J
+        d = c_i[:, None] - c_j[None, :]
+    return gl.where(before, gl.exp2(d), 0.0) * scale
+
+
+@gluon.jit
+def as_tuple(x, n: gl.constexpr):
+    """What a wait for n products returns: of one it is no tuple."""
+    if n == 1:
+        return (x,)
+    else:
+        return x
 
 
 @gluon.jit
@@ -424,7 +576,7 @@ def to_fragments(x):
 
 @gluon.jit
 def store_sum(s_ds, x, W, i_a, i_h, anchors, H: gl.constexpr):
-    """To s_ds, the sum of x over each warp of warp group W (in `wide.py` counted over both halves): none waits."""
+    """To s_ds, the sum of x over each warp of warp group W (in `wide.py` counted over all parts): none waits."""
     x = gl.sum(x.reshape([4, x.shape[0] // 4]), 1)
     w = W * 4 + gl.arange(0, 4, x.type.layout)
     gl.store(s_ds + (w * anchors + i_a) * H + i_h, x)
@@ -458,6 +610,41 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, r
     return Tiles(x, shape, strides, (1, 1, 1, rows, columns), tile_layout(rows, columns, x.dtype))
 
 
-def padded(K: int, V: int) -> int:
-    """Rows and columns of a state of the sweeps up to 128."""
-    return 64 if max(K, V) <= 64 else 128
+class Relay(NamedTuple):
+    """What programs of a launch share of their tasks: nothing, or so many chunks for each, and where they hand over."""
+
+    share: int
+    states: torch.Tensor | None
+    flags: torch.Tensor | None
+
+
+def relay(operands: Operands, setting: Setting, tasks: int, grid: tuple[int, int], numbers: int) -> Relay:
+    """The relay of a launch of so many tasks and programs. A program holds a state of so many numbers."""
+    q, cu_seqlens, indices = operands.q, operands.cu_seqlens, operands.indices
+    programs, blocks = grid
+    chunks = cdiv(q.shape[1], CHUNK_TOKENS)
+    share = cdiv(tasks * chunks, programs)
+    is_even = cu_seqlens is None and indices is None and setting.segment is None
+    # programs that do not share take so much longer
+    if not is_even or tasks <= programs or cdiv(tasks, programs) * chunks < (1 + LEAST_GAIN) * share:
+        return Relay(0, None, None)
+    states = empty(q, programs * blocks, numbers, dtype=torch.float32)
+    # a warp group has 64 columns of it
+    flags = zeros(q, programs * blocks, 256, dtype=torch.int32)
+    return Relay(share, states, flags)
+
+
+def count_pair(q: torch.Tensor, v: torch.Tensor) -> int:
+    """Heads of a task of the sweeps up to 128: two that share q and k, if v fills one warp group, else one."""
+    K, V = q.shape[-1], v.shape[-1]
+    return 2 if is_paired(K, V, v.shape[2] // q.shape[2]) else 1
+
+
+def is_paired(K: int, V: int, sharing: int) -> bool:
+    """Whether tasks have two heads, where so many share q and k."""
+    return V <= BS.value < K <= 128 and sharing > 1 and sharing % 2 == 0
+
+
+def padded(K: int, V: int) -> tuple[int, int]:
+    """Rows and columns of a state `[K, V]` in the sweeps up to 128."""
+    return 64 if K <= 64 else 128, 64 if V <= 64 else 128

@@ -11,6 +11,9 @@ One program to a multiprocessor takes one head of a sequence, or of a segment of
 
 The state is transposed so that it feeds the tensor cores from the registers of the warp group that keeps it.
 
+Where heads share q and k and V is at most 64, a task of the sweep for o is two heads (`common.is_paired`). Each has a
+state partition, and gates and P of its own, and q . k is made once. `gradients.py` makes their dq.
+
 `fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the
 carried states add to q . dq, and the products of the pairs inside a chunk,
 
@@ -49,15 +52,19 @@ from .common import (
     States,
     Sums,
     Work,
+    add_rows,
     aggregate,
     barriers,
     consumer_start,
+    count_pair,
+    decay_of_pairs,
     descriptor,
     fragment_indices,
     gate_buffers,
     gate_partition,
     padded,
     producer_start,
+    relay,
     ring,
     row_sum_partition,
     tma_load,
@@ -82,10 +89,10 @@ class Sweep:
     desc_x: Descriptor
     qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
     ks: gl.shared_memory_descriptor  # likewise
-    vs: gl.shared_memory_descriptor  # [STAGES, C, BV]
-    ps: gl.shared_memory_descriptor  # [PRODUCTS, C, C]
+    vs: gl.shared_memory_descriptor  # [STAGES * states, C, BS]
+    ps: gl.shared_memory_descriptor  # [PRODUCTS * HEADS, C, C]
     os: gl.shared_memory_descriptor  # [states, C, BS]
-    xs: gl.shared_memory_descriptor  # [X_STAGES, C, BV]
+    xs: gl.shared_memory_descriptor  # [X_STAGES * states, C, BS]
     tiles: Ring
     products: Ring
     x: Ring
@@ -96,30 +103,41 @@ class Sweep:
     K: gl.constexpr
     V: gl.constexpr
     BA: gl.constexpr
+    NW: gl.constexpr  # state partitions
     X: gl.constexpr
+
+    @gluon.jit
+    def tile_of_columns(self, task, i_t, w):
+        """Coordinates of the tile of v or x that state partition w has."""
+        if self.work.HEADS == 2:
+            return self.work.tile(task, task.end, (task.i_h + w) // self.GV, i_t, 0)
+        else:
+            return self.work.tile(task, task.end, task.i_h // self.GV, i_t, w * BS)
 
 
 @gluon.jit
 def load_partition(s):
     work = s.work
+    NW: gl.constexpr = s.NW
     at = producer_start()
     at_x = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        for i_t in range(0, task.end - task.first, C):
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for i_t in range(first, last, C):
             s.tiles.acquire(at)
             bar = s.tiles.full.index(at.i)
-            mbarrier.expect(bar, C * (2 * s.qs.shape[2] + s.vs.shape[2]) * 2)
+            mbarrier.expect(bar, C * (2 * s.qs.shape[2] + NW * BS) * 2)
             of_q = work.tile(task, task.end, task.i_h // s.GQ, i_t, 0)
-            of_v = work.tile(task, task.end, task.i_h // s.GV, i_t, 0)
             tma_load(s.desc_q, of_q, bar, s.qs.index(at.i))
             tma_load(s.desc_k, of_q, bar, s.ks.index(at.i))
-            tma_load(s.desc_v, of_v, bar, s.vs.index(at.i))
+            for w in gl.static_range(NW):
+                tma_load(s.desc_v, s.tile_of_columns(task, i_t, w), bar, s.vs.index(at.i * NW + w))
             if s.X:
                 s.x.acquire(at_x)
                 bar_x = s.x.full.index(at_x.i)
-                mbarrier.expect(bar_x, C * s.vs.shape[2] * 2)
-                tma_load(s.desc_x, of_v, bar_x, s.xs.index(at_x.i))
+                mbarrier.expect(bar_x, C * NW * BS * 2)
+                for w in gl.static_range(NW):
+                    tma_load(s.desc_x, s.tile_of_columns(task, i_t, w), bar_x, s.xs.index(at_x.i * NW + w))
                 at_x = s.x.after(at_x)
             at = s.tiles.after(at)
 
@@ -129,6 +147,8 @@ def product_partition(s, scale, y):
     """P of each chunk, and the sums of A: it stores those over j, and leaves those over i to `row_sum_partition`."""
     work = s.work
     H: gl.constexpr = work.H
+    HEADS: gl.constexpr = work.HEADS
+    NW: gl.constexpr = s.NW
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
     o_j = gl.arange(0, C, gl.SliceLayout(0, layout))
@@ -136,39 +156,41 @@ def product_partition(s, scale, y):
     at_p = consumer_start()
     at_x = consumer_start()
     at_s = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        for i_t in range(0, task.end - task.first, C):
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for i_t in range(first, last, C):
             s.tiles.wait(at)
-            b_p = warpgroup_mma(
-                s.qs.index(at.i), s.ks.index(at.i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout),
-                use_acc=False, is_async=True,
+            zero = gl.zeros([C, C], gl.float32, layout)
+            b_q = warpgroup_mma(
+                s.qs.index(at.i), s.ks.index(at.i).permute((1, 0)), zero, use_acc=False, is_async=True
             )  # fmt: skip
             s.gates.ring.wait(at_p)
-            c_i = s.gates.sums.index(at_p.i).load(gl.SliceLayout(1, layout))
-            c_j = s.gates.sums.index(at_p.i).load(gl.SliceLayout(0, layout))
-            decay = gl.where(o_i[:, None] >= o_j[None, :], gl.exp2(c_i[:, None] - c_j[None, :]), 0.0) * scale
-            b_p = warpgroup_mma_wait(0, (b_p,))
-            b_p = b_p * decay
-            # empty: `gate_partition` has waited for that
-            s.ps.index(at_p.i).store(b_p.to(s.ps.dtype))
+            for h in gl.static_range(HEADS):
+                decay = decay_of_pairs(s.gates, at_p.i * HEADS + h, o_i, o_j, 0, C, scale, False)
+                if h == 0:
+                    b_q = warpgroup_mma_wait(0, (b_q,))
+                b_p = b_q * decay
+                # empty: `gate_partition` has waited for that
+                s.ps.index(at_p.i * HEADS + h).store(b_p.to(s.ps.dtype))
             fence_async_shared()
             s.products.commit(at_p)
             if s.X:
                 s.x.wait(at_x)
                 b_a = warpgroup_mma(
-                    s.xs.index(at_x.i), s.vs.index(at.i).permute((1, 0)), gl.zeros([C, C], gl.float32, layout),
-                    use_acc=False, is_async=True,
+                    s.xs.index(at_x.i * NW), s.vs.index(at.i * NW).permute((1, 0)), zero, use_acc=False, is_async=True
                 )  # fmt: skip
+                for w in gl.static_range(1, NW):
+                    b_v = s.vs.index(at.i * NW + w).permute((1, 0))
+                    b_a = warpgroup_mma(s.xs.index(at_x.i * NW + w), b_v, b_a, is_async=True)
                 b_a = warpgroup_mma_wait(0, (b_a,))
                 s.tiles.release(at)
                 s.x.release(at_x)
                 b_a = gl.where(o_i[:, None] > o_j[None, :], -b_a * b_p, 0.0)
                 p_y = y + (task.i_b * H + task.i_h) * work.T + task.first + i_t + o_i
                 gl.store(p_y, gl.sum(b_a, 1), mask=task.first + i_t + o_i < task.end)
-                b_a = gl.sum(b_a.reshape([4, 2, 8, C]), 1).reshape([32, C])
+                b_a = add_rows(b_a, 32)
                 s.sums.ring.acquire(at_s)
-                s.sums.buffer(at_s, s.os.shape[0]).store(b_a)
+                s.sums.buffer(at_s, NW).store(b_a)
                 s.sums.ring.commit(at_s)
                 at_s = s.sums.ring.after(at_s)
                 at_x = s.x.after(at_x)
@@ -178,34 +200,41 @@ def product_partition(s, scale, y):
 
 @gluon.jit
 def state_partition(s, W: gl.constexpr):
-    """Columns W * BS to (W + 1) * BS of the state, and of o."""
+    """64 columns of the state and of o: those from W * BS on, or those of head W."""
     work = s.work
     H: gl.constexpr = work.H
+    NW: gl.constexpr = s.NW
+    HEADS: gl.constexpr = work.HEADS
+    HEAD: gl.constexpr = W if HEADS == 2 else 0
+    COLUMN: gl.constexpr = 0 if HEADS == 2 else W * BS
     BK: gl.constexpr = s.qs.shape[2]
     dtype: gl.constexpr = s.qs.dtype
     layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
     layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     operand_o: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
     operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
-    o_v = W * BS + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
+    o_v = COLUMN + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
     o_k = gl.arange(0, BK, gl.SliceLayout(0, layout_s))
     at = consumer_start()
     at_p = consumer_start()
     at_x = consumer_start()
     at_s = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        i_h = task.i_h + HEAD
         b_s = gl.zeros([BS, BK], gl.float32, layout_s)
         if s.state_in.p is not None:
             i_in = task.i_s.to(gl.int64) if work.SEGMENTS else work.slot(task.i_n)
             # there is none of padding, nor of what lies in no sequence
             columns = gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
-            b_s = s.state_in.load(s.state_in.of(i_in, task.i_h), o_v, o_k, columns, s.K)
+            b_s = s.state_in.load(s.state_in.of(i_in, i_h), o_v, o_k, columns, s.K)
+        if work.relay is not None:
+            if first > 0:
+                b_s = work.take_over((b_s,), W, NW)[0]
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
-        NT = task.chunks()
-        for i_c in range(NT):
+        for i_t in range(first, last, C):
             if s.X:
-                wanted, i_a = work.anchor(task, i_c, s.anchor_blocks, s.BA)
+                wanted, i_a = work.anchor(task, i_t // C, s.anchor_blocks, s.BA)
                 if wanted:
                     # the reverse sweep holds the state the other way round
                     b_a = gl.inline_asm_elementwise(
@@ -213,8 +242,8 @@ def state_partition(s, W: gl.constexpr):
                         dtype=b_h.dtype, is_pure=False, pack=2,
                     )  # fmt: skip
                     t, x = fragment_indices(BK // 2)
-                    tile_16 = x // 8 * (BK // 16) + W * (BS // 16) + t // 32
-                    p_a = s.anchors + (i_a.to(gl.int64) * H + task.i_h) * (BK * BK)
+                    tile_16 = x // 8 * (NW * BS // 16) + W * (BS // 16) + t // 32
+                    p_a = s.anchors + (i_a.to(gl.int64) * H + task.i_h) * (BK * NW * BS)
                     gl.store(p_a + ((tile_16 * 32 + t % 32) * 8 + x % 8), to_fragments(b_a))
             s.tiles.wait(at)
             # a wait on what is done: without it ptxas puts one of its own before the product with the decay (C7517)
@@ -223,20 +252,21 @@ def state_partition(s, W: gl.constexpr):
                 b_h, s.qs.index(at.i).permute((1, 0)), gl.zeros([BS, C], gl.float32, layout_o),
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            b_v = s.vs.index(at.i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_s)
+            b_v = s.vs.index(at.i * NW + W).permute((1, 0)).load(operand_s)
             s.gates.ring.wait(at_p)
-            to_end = s.gates.to_end.index(at_p.i).load(gl.SliceLayout(0, operand_s))
+            i_g = at_p.i * HEADS + HEAD
+            to_end = s.gates.to_end.index(i_g).load(gl.SliceLayout(0, operand_s))
             b_d = (b_v.to(gl.float32) * to_end[None, :]).to(dtype)
-            from_start = s.gates.from_start.index(at_p.i).load(gl.SliceLayout(0, layout_o))
-            b_s = b_s * s.gates.decays.index(at_p.i).load(gl.SliceLayout(0, layout_s))[None, :]
+            from_start = s.gates.from_start.index(i_g).load(gl.SliceLayout(0, layout_o))
+            b_s = b_s * s.gates.decays.index(i_g).load(gl.SliceLayout(0, layout_s))[None, :]
             b_s = warpgroup_mma(b_d, s.ks.index(at.i), b_s, is_async=True)
             b_o = warpgroup_mma_wait(1, (b_o,))
             b_o = b_o * from_start[None, :]
             if s.X:
                 s.x.wait(at_x)
-                b_x = s.xs.index(at_x.i).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand_o)
+                b_x = s.xs.index(at_x.i * NW + W).permute((1, 0)).load(operand_o)
                 b_x = gl.convert_layout(b_x, layout_o)
-                b_x = gl.sum((b_o * b_x.to(gl.float32)).reshape([4, 2, 8, C]), 1).reshape([32, C])
+                b_x = add_rows(b_o * b_x.to(gl.float32), 32)
                 s.sums.ring.acquire(at_s)
                 s.sums.buffer(at_s, W).store(b_x)
                 s.sums.ring.commit(at_s)
@@ -245,7 +275,7 @@ def state_partition(s, W: gl.constexpr):
                 at_s = s.sums.ring.after(at_s)
                 at_x = s.x.after(at_x)
             s.products.wait(at_p)
-            b_p = s.ps.index(at_p.i).permute((1, 0))
+            b_p = s.ps.index(i_g).permute((1, 0))
             b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), b_p, b_o, is_async=True)
             b_s = warpgroup_mma_wait(1, (b_s,))
             s.tiles.release(at)
@@ -255,47 +285,52 @@ def state_partition(s, W: gl.constexpr):
             s.products.release(at_p)
             s.os.index(W).permute((1, 0)).store(b_o.to(dtype))
             fence_async_shared()
-            tma_store(s.desc_o, work.tile(task, task.end, task.i_h, i_c * C, W * BS), s.os.index(W))
+            tma_store(s.desc_o, work.tile(task, task.end, i_h, i_t, COLUMN), s.os.index(W))
             at = s.tiles.after(at)
             at_p = s.products.after(at_p)
-        work.clear(task, s.desc_o, s.os.index(W), W * BS)
+        if work.relay is not None:
+            if last < task.tokens():
+                work.hand_over((b_s,), W, NW)
+        work.clear(task, s.desc_o, s.os.index(W), i_h, COLUMN)
         if s.state_out.p is not None:
             # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
             slot = work.slot(task.i_n)
             swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
-            if is_sequence(task.i_n, work.N) & (slot >= 0) & (task.end == task.eos) & swept:
-                s.state_out.store(s.state_out.of(slot, task.i_h), o_v, o_k, b_s, s.V, s.K)
+            if is_sequence(task.i_n, work.N) & (slot >= 0) & (task.end == task.eos) & swept & (last == task.tokens()):
+                s.state_out.store(s.state_out.of(slot, i_h), o_v, o_k, b_s, s.V, s.K)
     tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=['tasks', 'N', 'T', 'P', 'segment', 'anchor_blocks', 'scale'],
+    do_not_specialize=['tasks', 'N', 'T', 'P', 'segment', 'share', 'anchor_blocks', 'scale'],
     repr=kernel_name('hopper_sweep'),
 )
 def hopper_sweep_kernel(
     desc_q, desc_k,  # tiles [C, BK] of [B, T, H // GQ, K]
-    desc_v,  # tiles [C, BV] of [B, T, H // GV, V]
+    desc_v,  # tiles [C, BS] of [B, T, H // GV, V]
     desc_o,  # tiles [C, BS] of [B, T, H, V]
-    desc_x,  # tiles [C, BV] of [B, T, H // GV, V], or None
+    desc_x,  # tiles [C, BS] of [B, T, H // GV, V], or None
     g,  # [B, T, H], any strides, or None
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     x_o,  # [1, B, H, T]: rows x . o of what of o comes from the carried state, less the sums of A over i
     y,  # [1, B, H, T]: the sums of A over j, negative
-    anchors,  # [anchor blocks + N, H, BK * BK]: states before some chunks, transposed 8 x 8 tile by 8 x 8 tile
+    anchors,  # [anchor blocks + N, H, BK * NW * BS]: states before some chunks, transposed 8 x 8 tile by 8 x 8 tile
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the sequences' states in a pool; or None
+    relay, flags,  # [programs, HEADS * BK * NW * BS], [programs, NW * 128]: what programs hand over, or None
     scale, tasks, N, T,
     P,  # slots of the pool
     segment,  # tokens
+    share,  # chunks to a program in a relay
     anchor_blocks,
     g_b, g_t, g_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     ROLE: gl.constexpr,  # what the sweep makes: the kernel's name tells it
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BA: gl.constexpr,
-    SEGMENTS: gl.constexpr, X: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
+    SEGMENTS: gl.constexpr, X: gl.constexpr, BK: gl.constexpr, NW: gl.constexpr, HEADS: gl.constexpr,
     STAGES: gl.constexpr, X_STAGES: gl.constexpr, PRODUCTS: gl.constexpr, SUMS: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -311,28 +346,29 @@ def hopper_sweep_kernel(
     As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
     stored and loaded:
 
-        D     o                   dq with x
-        64    109,268    24, 24   108,608   116, 136    two programs to a multiprocessor
-        128   191,240    48, 40   224,168    40,  40
+        K, V of the roles    o                    dq with x
+        64, 64               109,268    32,  32   108,608   124, 144    two programs to a multiprocessor
+        64, 128              142,088     0,   0   224,200    48,  48
+        128, 64              158,420     0,   0   207,764     0,   0
+        128, 64, pairs       218,132    84,  96
+        128, 128             191,240    72,  68   224,168    28,  28
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.
     """
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
-    by_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    NW: gl.constexpr = BV // BS
     qs = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
     ks = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
-    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
-    ps = gl.allocate_shared_memory(dtype, [PRODUCTS, C, C], square)
+    vs = gl.allocate_shared_memory(dtype, [STAGES * NW, C, BS], square)
+    ps = gl.allocate_shared_memory(dtype, [PRODUCTS * HEADS, C, C], square)
     os = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
     tiles = ring(STAGES, 1, NW + X)
     products = ring(PRODUCTS, 1, NW)
-    gates = gate_buffers(PRODUCTS, Ring(barriers(PRODUCTS, 1), products.empty))
+    gates = gate_buffers(PRODUCTS * HEADS, Ring(barriers(PRODUCTS, 1), products.empty))
     if X:
-        xs = gl.allocate_shared_memory(dtype, [X_STAGES, C, BV], by_v)
+        xs = gl.allocate_shared_memory(dtype, [X_STAGES * NW, C, BS], square)
         x = ring(X_STAGES, 1, NW + 1)
         partial_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
         partial = gl.allocate_shared_memory(gl.float32, [SUMS * (NW + 1), 32, C], partial_layout)
@@ -344,12 +380,12 @@ def hopper_sweep_kernel(
         sums = Sums(gates.sums, tiles)
     fence_async_shared()
 
-    work = Work(cu_seqlens, indices, tasks, N, T, P, segment, H, SEGMENTS)
+    work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, HEADS, SEGMENTS)
     s = Sweep(
         work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
         anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
         qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
-        GQ, GV, K, V, BA, X,
+        GQ, GV, K, V, BA, NW, X,
     )  # fmt: skip
     of_g = (work, gates, g, (g_b, g_t, g_h), scale, False)
     of_sums = (work, sums, x_o, None, False)
@@ -406,40 +442,56 @@ class Config(NamedTuple):
     most_registers: int
 
 
-# By dim, and whether the sweep leaves what dg needs. The registers of all warp groups are 64 K, or half of that where
-# two programs share a multiprocessor; with fewer for the states ptxas puts a wait after every product (C7512).
+# By rows and columns of the state of a head, heads of a task, and whether the sweep leaves what dg needs. The
+# registers of all warp groups are 64 K, or half of that where two programs share a multiprocessor; with fewer for the
+# states ptxas puts a wait after every product (C7512).
 CONFIGS = {
-    (64, False): Config(3, 1, 3, 1, 2, 144, 64, 32, 80),
-    (64, True): Config(2, 2, 2, 1, 2, 144, 72, 24, 80),
-    (128, False): Config(3, 1, 3, 1, 1, 200, 80, 32, 128),
-    (128, True): Config(2, 2, 3, 2, 1, 192, 96, 32, 128),
+    (64, 64, 1, False): Config(3, 1, 3, 1, 2, 144, 64, 32, 80),
+    (64, 64, 1, True): Config(2, 2, 2, 1, 2, 144, 72, 24, 80),
+    (64, 128, 1, False): Config(3, 1, 3, 1, 1, 168, 136, 32, 128),
+    (64, 128, 1, True): Config(3, 2, 3, 2, 1, 168, 144, 24, 128),
+    (128, 64, 1, False): Config(3, 1, 3, 1, 1, 240, 200, 32, 168),
+    (128, 64, 1, True): Config(3, 2, 3, 2, 1, 240, 200, 32, 168),
+    (128, 64, 2, False): Config(3, 1, 3, 1, 1, 192, 88, 40, 128),
+    (128, 128, 1, False): Config(3, 1, 3, 1, 1, 200, 80, 32, 128),
+    (128, 128, 1, True): Config(2, 2, 3, 2, 1, 192, 96, 32, 128),
 }
 
 
-@launcher
-def launch_sweep(tensors, setting: Setting):
-    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
+def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, x: bool, cu_seqlens: torch.Tensor | None) -> tuple:
+    """The tasks, the programs and the configuration of a launch."""
     B, T, H, K, V = sizes(q, v)
-    D = padded(K, V)
+    heads = count_pair(q, v)
+    tasks = count_swept(B, T, setting.segment, cu_seqlens) * (H // heads)
+    config = CONFIGS[(*padded(K, V), heads, x)]
+    return tasks, min(tasks, config.resident * multiprocessors(q.device)), config
+
+
+@launcher
+def launch_sweep(tensors, setting: Setting, share: int):
+    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
+    B, T, H, K, V = sizes(q, v)
+    heads = count_pair(q, v)
+    BK, BV = padded(K, V)
     scale, segment, BA, *_ = setting
-    tasks = count_swept(B, T, segment, cu_seqlens) * H
-    config = CONFIGS[D, x is not None]
+    tasks, programs, config = count_work(q, v, setting, x is not None, cu_seqlens)
     args = (
-        *(descriptor(t, D, cu_seqlens) for t in (q, k, v)), descriptor(o, BS.value, cu_seqlens),
-        None if x is None else descriptor(x, D, cu_seqlens),
-        g, state_in, state_out, *others, cu_seqlens, indices,
+        *(descriptor(t, BK, cu_seqlens) for t in (q, k)),
+        *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x)),
+        g, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T,
-        0 if indices is None else state_out.shape[0], segment or 0, count_blocks(B, T, BA, cu_seqlens),
+        0 if indices is None else state_out.shape[0], segment or 0, share, count_blocks(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
-        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BK=D, BV=D, BA=BA,
-        SEGMENTS=segment is not None, X=x is not None, STAGES=config.stages, X_STAGES=config.x_stages,
+        ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
+        SEGMENTS=segment is not None, X=x is not None,
+        BK=BK, NW=BV // BS.value * heads, HEADS=heads, STAGES=config.stages, X_STAGES=config.x_stages,
         PRODUCTS=config.products, SUMS=config.sums, STATE_REGISTERS=config.state_registers,
         PRODUCT_REGISTERS=config.product_registers, OTHER_REGISTERS=config.other_registers,
         maxnreg=config.most_registers, num_warps=4,
     )  # fmt: skip
-    return hopper_sweep_kernel, (min(tasks, config.resident * multiprocessors(q.device)), 1, 1), args, constants
+    return hopper_sweep_kernel, (programs, 1, 1), args, constants
 
 
 def sweep(operands: Operands, setting: Setting):
@@ -453,10 +505,14 @@ def sweep(operands: Operands, setting: Setting):
     x_o = y = None
     if x is not None:
         x_o, y = (empty(q, 1, B, H, T, dtype=torch.float32) for _ in range(2))
-    launch_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, cu_seqlens, indices), setting)
+    tasks, programs, _ = count_work(q, v, setting, x is not None, cu_seqlens)
+    share, *handed_over = relay(operands, setting, tasks, (programs, 1), 128 * 128)
+    others = x_o, y, anchors, cu_seqlens, indices
+    launch_sweep((q, k, v, o, x, g, state_in, state_out, *others, *handed_over), setting, share)
     return o, x_o, y
 
 
 def anchor_size(K: int, V: int) -> int:
     """Numbers of an anchor of a state `[K, V]`."""
-    return padded(K, V) ** 2
+    BK, BV = padded(K, V)
+    return BK * BV

@@ -1,8 +1,8 @@
-"""The sweeps on Hopper where K or V is over 128, up to 256. `sweep.py` and `reverse.py` have those of smaller dims.
+"""The sweeps on Hopper where K or V is over 128, up to 512. `sweep.py` and `gradients.py` have those of smaller dims.
 
-A state of 256 x 256 would fill all registers of a multiprocessor. So a program takes 128 columns of V. Where there are
-more, another one, which runs at the same time and finds q and k in the L2 cache, takes the rest: the grid is
-[programs, halves of V]. Its partitions:
+The registers of a multiprocessor hold a state of 256 x 128 numbers. So a program takes 128 columns of V. Programs that
+run at the same time take the other columns, and find q and k in the L2 cache: the grid is [programs, blocks of V]. Its
+partitions:
 
     load_partition      1 warp          brings tiles of the next chunks to shared memory (TMA), anchors to the L2 cache
     gate_partition      1 warp          sums the gates of the next chunks, and makes the decays
@@ -11,15 +11,19 @@ more, another one, which runs at the same time and finds q and k in the L2 cache
     row_sum_partition   2 warps         adds up the rows of x . o, where dg is wanted
 
 One kernel makes all four sweeps, in either direction: o, dq, dk and dv, with the roles that `fused_chunk.py` describes.
-For dg the sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give (`_gates.py`). As in the
-plain sweeps, w is the whole of q . dq, and y the part of k . dk that comes from pairs inside a chunk. To sum the pairs
-apart, as the sweeps of smaller dims do, takes one more product, for which `product_partition` has neither the time nor
-the registers.
 
-A state partition holds its 64 columns as four tensors [64 of V, 64 of K]. They are converted for the tensor cores,
-multiplied and waited for one after the other, as the registers have no room for a copy of the whole.
+**Rows of the state.** A state partition holds its 64 columns as tensors `[64 of V, PIECE of K]`, the pieces. At K 256
+they are converted for the tensor cores, multiplied and waited for one after the other, as the registers have no room
+for a copy of the whole. Where K is over 256 there are two launches, each for half of it: both o and the state are sums
+over rows of the state. The first leaves its part of o in fp32, and the second adds it.
+
+**dg** (`_gates.py`). The sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give. As in
+the plain sweeps, w is the whole of q . dq, and y the part of k . dk that comes from pairs inside a chunk: to sum the
+pairs apart, as the sweeps of smaller dims do, takes one more product, for which `product_partition` has neither the
+time nor the registers at K 256.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,9 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .._blocks import count_blocks, count_sequences, is_sequence
+from .._blocks import count_blocks, count_sequences, first_block, is_sequence
 from .._launch import launcher
-from .._layout import multiprocessors, sizes, strides
+from .._layout import cdiv, multiprocessors, sizes, strides
 from .._passes import empty
 from .._sweeps import Operands, Setting, count_swept
 from .._triton import kernel_name
@@ -50,15 +54,19 @@ from .common import (
     States,
     Sums,
     Work,
+    add_rows,
     aggregate,
+    as_tuple,
     barriers,
     consumer_start,
+    decay_of_pairs,
     descriptor,
     fragment_indices,
     gate_buffers,
     gate_partition,
     prefetch,
     producer_start,
+    relay,
     ring,
     row_sum_partition,
     store_sum,
@@ -67,10 +75,26 @@ from .common import (
     to_fragments,
 )
 
-BK = gl.constexpr(256)  # K, padded
 BV = gl.constexpr(128)  # columns of V to a program
-PIECE = gl.constexpr(64)  # columns of K to a tensor of the state: as many as a chunk has tokens
 ROWS = gl.constexpr(16)  # partial sums of a warp group to a token
+
+
+@aggregate
+class Cut:
+    """How the states are cut to programs and tensors. All are constants."""
+
+    K: gl.constexpr
+    V: gl.constexpr
+    PIECES: gl.constexpr  # of the state of a state partition
+    PIECE: gl.constexpr  # rows of K to a piece
+    BLOCKS: gl.constexpr  # of 128 columns of V
+    PARTS: gl.constexpr  # launches, each for as many rows of K as the pieces have
+    PART: gl.constexpr  # which of them this is
+
+    @gluon.jit
+    def part(self):
+        """The number of this program's rows and columns among all of a state."""
+        return gl.program_id(1) * self.PARTS + self.PART
 
 
 @aggregate
@@ -78,8 +102,10 @@ class Sweep:
     """What the partitions share."""
 
     work: Work
+    cut: Cut
     state_in: States
     state_out: States
+    partial: Pointer
     anchors: Pointer
     s_ds: Pointer
     anchor_blocks: Number
@@ -88,12 +114,12 @@ class Sweep:
     desc_v: Descriptor
     desc_o: Descriptor
     desc_x: Descriptor
-    qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
+    qs: gl.shared_memory_descriptor  # [STAGES * PIECES, C, PIECE]
     ks: gl.shared_memory_descriptor  # likewise
-    vs: gl.shared_memory_descriptor  # [STAGES, C, BV]
+    vs: gl.shared_memory_descriptor  # [STAGES * 2, C, BS]
     ps: gl.shared_memory_descriptor  # [STAGES, C, C]
     os: gl.shared_memory_descriptor  # [2, C, BS]
-    xs: gl.shared_memory_descriptor  # [1, C, BV]
+    xs: gl.shared_memory_descriptor  # [2, C, BS]
     q: Ring
     k: Ring
     v: Ring
@@ -103,102 +129,99 @@ class Sweep:
     sums: Sums
     GQ: gl.constexpr
     GV: gl.constexpr
-    K: gl.constexpr
-    V: gl.constexpr
     BA: gl.constexpr
     REVERSE: gl.constexpr
     X: gl.constexpr
 
     @gluon.jit
-    def half_anchor(self, i_a, i_h):
-        """Where the anchor of these columns begins: in the order of the threads, the same to leave and to read it."""
-        # a constant: that the grid knows it too costs a load from local memory, which waits for the L2 cache
-        HALVES: gl.constexpr = (self.V + BV - 1) // BV
-        return self.anchors + ((i_a.to(gl.int64) * self.work.H + i_h) * HALVES + gl.program_id(1)) * (BK * BV)
+    def part_anchor(self, i_a, i_h):
+        """Where the anchor of this part of a state begins: in the order of the threads, the same to leave and to read
+        it.
+        """
+        c = self.cut
+        i = (i_a.to(gl.int64) * self.work.H + i_h) * (c.BLOCKS * c.PARTS) + c.part()
+        return self.anchors + i * (c.PIECES * c.PIECE * BV)
+
+    @gluon.jit
+    def partial_tile(self, task, i_t, W: gl.constexpr):
+        """Where the part of a tile of o that an earlier launch has left begins, `[BS, C]`."""
+        i = first_block(self.work.cu_seqlens, task.i_n, task.bos, self.work.T, C) + (task.first - task.bos + i_t) // C
+        i = (i.to(gl.int64) * self.work.H + task.i_h) * self.cut.BLOCKS + gl.program_id(1)
+        return self.partial + (i * 2 + W) * (BS * C)
 
 
 @gluon.jit
-def chunk_start(i, NT, REVERSE: gl.constexpr):
-    """First token of the chunk that a sweep comes to after i others, counted from that of the task."""
-    return ((NT - 1 - i) if REVERSE else i) * C
+def load_pieces(s, desc, tiles, ring, at, task, i_t):
+    """The tiles of a chunk of q or k."""
+    c = s.cut
+    bar = ring.full.index(at.i)
+    ring.acquire(at)
+    mbarrier.expect(bar, C * c.PIECES * c.PIECE * 2)
+    for p in gl.static_range(c.PIECES):
+        coordinates = s.work.tile(task, task.end, task.i_h // s.GQ, i_t, (c.PART * c.PIECES + p) * c.PIECE)
+        tma_load(desc, coordinates, bar, tiles.index(at.i * c.PIECES + p))
 
 
 @gluon.jit
-def sum_quads(x):
-    """Of `x [64, N]`, in the layout of a product, rows i, i + 4, i + 8 and i + 12 of every 16 added up, `[16, N]`. A
-    thread has two of the four, and another one the others.
-    """
-    N: gl.constexpr = x.shape[1]
-    return gl.sum(gl.sum(x.reshape([4, 2, 2, 4, N]), 1), 1).reshape([ROWS, N])
+def load_columns(s, desc, tiles, ring, at, task, i_t):
+    """The tiles of a chunk of v or x, one to a state partition."""
+    bar = ring.full.index(at.i)
+    ring.acquire(at)
+    mbarrier.expect(bar, C * BV * 2)
+    for w in gl.static_range(2):
+        coordinates = s.work.tile(task, task.end, task.i_h // s.GV, i_t, gl.program_id(1) * BV + w * BS)
+        tma_load(desc, coordinates, bar, tiles.index(at.i * 2 + w))
 
 
 @gluon.jit
 def load_partition(s):
     work = s.work
-    i_v = gl.program_id(1) * BV
+    c = s.cut
     at = producer_start()
     at_x = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        NT = task.chunks()
-        for n in range(NT):
-            i_t = chunk_start(n, NT, s.REVERSE)
-            of_q = work.tile(task, task.end, task.i_h // s.GQ, i_t, 0)
-            of_v = work.tile(task, task.end, task.i_h // s.GV, i_t, i_v)
-            s.q.acquire(at)
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for t in range(first, last, C):
+            i_t = task.chunk(t, s.REVERSE)
             if s.X and s.REVERSE:
                 wanted, i_a = work.anchor(task, i_t // C, s.anchor_blocks, s.BA)
                 if wanted:
-                    prefetch(s.half_anchor(i_a, task.i_h), 2 * BK * BV)
-            mbarrier.expect(s.q.full.index(at.i), C * BK * 2)
-            tma_load(s.desc_q, of_q, s.q.full.index(at.i), s.qs.index(at.i))
-            s.k.acquire(at)
-            mbarrier.expect(s.k.full.index(at.i), C * BK * 2)
-            tma_load(s.desc_k, of_q, s.k.full.index(at.i), s.ks.index(at.i))
-            s.v.acquire(at)
-            mbarrier.expect(s.v.full.index(at.i), C * BV * 2)
-            tma_load(s.desc_v, of_v, s.v.full.index(at.i), s.vs.index(at.i))
+                    prefetch(s.part_anchor(i_a, task.i_h), 2 * c.PIECES * c.PIECE * BV)
+            load_pieces(s, s.desc_q, s.qs, s.q, at, task, i_t)
+            load_pieces(s, s.desc_k, s.ks, s.k, at, task, i_t)
+            load_columns(s, s.desc_v, s.vs, s.v, at, task, i_t)
             if s.X:
-                s.x.acquire(at_x)
-                mbarrier.expect(s.x.full.index(at_x.i), C * BV * 2)
-                tma_load(s.desc_x, of_v, s.x.full.index(at_x.i), s.xs.index(at_x.i))
+                load_columns(s, s.desc_x, s.xs, s.x, at_x, task, i_t)
                 at_x = s.x.after(at_x)
             at = s.q.after(at)
 
 
 @gluon.jit
 def product_partition(s, scale):
-    """P of each chunk, in two halves of its columns."""
+    """P of each chunk, in two halves of its columns where the registers have no room for the whole."""
     work = s.work
-    HALF: gl.constexpr = C // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    c = s.cut
+    N: gl.constexpr = C // 2 if c.PIECES * c.PIECE > 192 else C
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     o_i = gl.arange(0, C, gl.SliceLayout(1, layout))
-    o_j = gl.arange(0, HALF, gl.SliceLayout(0, layout))
+    o_j = gl.arange(0, N, gl.SliceLayout(0, layout))
     at = consumer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        for _ in range(0, task.end - task.first, C):
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for _ in range(first, last, C):
             s.q.wait(at)
             s.k.wait(at)
-            for j in gl.static_range(2):
-                b_k = s.ks.index(at.i).slice(j * HALF, HALF, dim=0).permute((1, 0))
-                b_p = warpgroup_mma(
-                    s.qs.index(at.i), b_k, gl.zeros([C, HALF], gl.float32, layout), use_acc=False, is_async=True
-                )  # fmt: skip
-                if j == 0:
+            for i in gl.static_range(C // N):
+                b_p = gl.zeros([C, N], gl.float32, layout)
+                for p in gl.static_range(c.PIECES):
+                    b_k = s.ks.index(at.i * c.PIECES + p).slice(i * N, N, dim=0).permute((1, 0))
+                    b_p = warpgroup_mma(s.qs.index(at.i * c.PIECES + p), b_k, b_p, use_acc=p > 0, is_async=True)
+                if i == 0:
                     s.gates.ring.wait(at)
-                c_i = s.gates.sums.index(at.i).load(gl.SliceLayout(1, layout))
-                c_j = s.gates.sums.index(at.i).slice(j * HALF, HALF, dim=0).load(gl.SliceLayout(0, layout))
-                if s.REVERSE:
-                    before = o_i[:, None] <= o_j[None, :] + j * HALF
-                    d = c_j[None, :] - c_i[:, None]
-                else:
-                    before = o_i[:, None] >= o_j[None, :] + j * HALF
-                    d = c_i[:, None] - c_j[None, :]
-                decay = gl.where(before, gl.exp2(d), 0.0) * scale
+                decay = decay_of_pairs(s.gates, at.i, o_i, o_j, i * N, N, scale, s.REVERSE)
                 b_p = warpgroup_mma_wait(0, (b_p,))
                 # empty: `gate_partition` has waited for that
-                s.ps.index(at.i).slice(j * HALF, HALF, dim=1).store((b_p * decay).to(s.ps.dtype))
+                s.ps.index(at.i).slice(i * N, N, dim=1).store((b_p * decay).to(s.ps.dtype))
             fence_async_shared()
             s.products.commit(at)
             at = s.products.after(at)
@@ -206,7 +229,7 @@ def product_partition(s, scale):
 
 @gluon.jit
 def load_x(xs, W: gl.constexpr, operand: gl.constexpr, layout: gl.constexpr):
-    return gl.convert_layout(xs.index(0).slice(W * BS, BS, dim=1).permute((1, 0)).load(operand), layout).to(gl.float32)
+    return gl.convert_layout(xs.index(W).permute((1, 0)).load(operand), layout).to(gl.float32)
 
 
 @gluon.jit
@@ -219,7 +242,7 @@ def leave_anchor(p, b_s):
 
 
 @gluon.jit
-def load_anchor(p):
+def load_anchor(p, PIECE: gl.constexpr):
     t, x = fragment_indices(PIECE // 2)
     return gl.load(p + ((x // 8 * 128 + t) * 8 + x % 8))
 
@@ -231,116 +254,135 @@ def times_anchor(b_a, b_s):
 
 
 @gluon.jit
+def cross_anchor(p_a, b_s):
+    """Sums of each thread of the anchor at p_a times the state."""
+    PIECE: gl.constexpr = b_s[0].shape[1]
+    N: gl.constexpr = len(b_s)
+    # two are on their way while one is multiplied
+    on_way = (load_anchor(p_a, PIECE),)
+    for p in gl.static_range(N):
+        if p + 1 < N:
+            on_way = on_way + (load_anchor(p_a + (p + 1) * (PIECE * BS), PIECE),)
+        product = times_anchor(on_way[p], b_s[p])
+        if p == 0:
+            total = product
+        else:
+            total += product
+    return total
+
+
+@gluon.jit
 def state_partition(s, W: gl.constexpr):
-    """Columns W * BS to (W + 1) * BS of the program's half of the state, and of o."""
+    """Columns W * BS to (W + 1) * BS of the program's part of the state, and of o."""
     work = s.work
+    c = s.cut
     H: gl.constexpr = work.H
+    PIECES: gl.constexpr = c.PIECES
+    PIECE: gl.constexpr = c.PIECE
+    LAST: gl.constexpr = c.PART + 1 == c.PARTS  # whether this launch makes the whole of o
     dtype: gl.constexpr = s.qs.dtype
     # of the state transposed [BS, PIECE], and of o transposed [BS, C]
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    layout_s: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16]
+    )
+    layout_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    operand_s: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_s, k_width=2)
+    operand_o: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout_o, k_width=2)
     of_o = s.gates.to_end if s.REVERSE else s.gates.from_start
     of_v = s.gates.from_start if s.REVERSE else s.gates.to_end
     i_v = gl.program_id(1) * BV + W * BS
-    o_v = i_v + gl.arange(0, BS, gl.SliceLayout(1, layout))
-    o_k = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
+    o_v = i_v + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
+    o_k = c.PART * PIECES * PIECE + gl.arange(0, PIECE, gl.SliceLayout(0, layout_s))
     at = consumer_start()
     at_x = consumer_start()
     at_s = producer_start()
-    for i in range(gl.program_id(0), work.tasks, gl.num_programs(0)):
-        task = work.task(i)
-        s0 = gl.zeros([BS, PIECE], gl.float32, layout)
-        s1 = gl.zeros([BS, PIECE], gl.float32, layout)
-        s2 = gl.zeros([BS, PIECE], gl.float32, layout)
-        s3 = gl.zeros([BS, PIECE], gl.float32, layout)
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        b_s = ()
         if s.state_in.p is not None:
             i_in = task.i_s.to(gl.int64) if work.SEGMENTS else work.slot(task.i_n)
             p_in = s.state_in.of(i_in, task.i_h)
             # there is none of padding, nor of what lies in no sequence
-            columns = gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), s.V, 0)
-            s0 = s.state_in.load(p_in, o_v, o_k, columns, s.K)
-            s1 = s.state_in.load(p_in, o_v, o_k + PIECE, columns, s.K)
-            s2 = s.state_in.load(p_in, o_v, o_k + 2 * PIECE, columns, s.K)
-            s3 = s.state_in.load(p_in, o_v, o_k + 3 * PIECE, columns, s.K)
-        NT = task.chunks()
-        for n in range(NT):
-            i_t = chunk_start(n, NT, s.REVERSE)
+            columns = gl.where(is_sequence(task.i_n, work.N) & (i_in >= 0), c.V, 0)
+            for p in gl.static_range(PIECES):
+                b_s = b_s + (s.state_in.load(p_in, o_v, o_k + p * PIECE, columns, c.K),)
+        else:
+            for _ in gl.static_range(PIECES):
+                b_s = b_s + (gl.zeros([BS, PIECE], gl.float32, layout_s),)
+        if work.relay is not None:
+            if first > 0:
+                b_s = work.take_over(b_s, W, 2)
+        for t in range(first, last, C):
+            i_t = task.chunk(t, s.REVERSE)
             if s.X:
                 wanted, i_a = work.anchor(task, i_t // C, s.anchor_blocks, s.BA)
                 if wanted:
-                    p_a = s.half_anchor(i_a, task.i_h) + W * (BK * BS)
+                    p_a = s.part_anchor(i_a, task.i_h) + W * (PIECES * PIECE * BS)
                     if s.REVERSE:
-                        # two are on their way while one is multiplied
-                        a0 = load_anchor(p_a)
-                        a1 = load_anchor(p_a + PIECE * BS)
-                        b_a = times_anchor(a0, s0)
-                        a2 = load_anchor(p_a + 2 * PIECE * BS)
-                        b_a += times_anchor(a1, s1)
-                        a3 = load_anchor(p_a + 3 * PIECE * BS)
-                        b_a += times_anchor(a2, s2)
-                        b_a += times_anchor(a3, s3)
-                        i_w = gl.program_id(1) * (BV // BS) + W
-                        store_sum(s.s_ds, b_a, i_w, i_a, task.i_h, s.anchor_blocks + work.N, H)
+                        store_sum(
+                            s.s_ds, cross_anchor(p_a, b_s), c.part() * 2 + W, i_a, task.i_h,
+                            s.anchor_blocks + work.N, H,
+                        )  # fmt: skip
                     else:
-                        leave_anchor(p_a, s0)
-                        leave_anchor(p_a + PIECE * BS, s1)
-                        leave_anchor(p_a + 2 * PIECE * BS, s2)
-                        leave_anchor(p_a + 3 * PIECE * BS, s3)
+                        for p in gl.static_range(PIECES):
+                            leave_anchor(p_a + p * (PIECE * BS), b_s[p])
             s.q.wait(at)
-            b_q = s.qs.index(at.i)
-            b_o = warpgroup_mma(
-                gl.convert_layout(s0.to(dtype), operand), b_q.slice(0, PIECE, dim=1).permute((1, 0)),
-                gl.zeros([BS, C], gl.float32, layout), use_acc=False, is_async=True,
-            )  # fmt: skip
-            b_o = warpgroup_mma_wait(0, (b_o,))
-            b_h = gl.convert_layout(s1.to(dtype), operand)
-            b_o = warpgroup_mma(b_h, b_q.slice(PIECE, PIECE, dim=1).permute((1, 0)), b_o, is_async=True)
-            b_o = warpgroup_mma_wait(0, (b_o,))
-            b_h = gl.convert_layout(s2.to(dtype), operand)
-            b_o = warpgroup_mma(b_h, b_q.slice(2 * PIECE, PIECE, dim=1).permute((1, 0)), b_o, is_async=True)
-            b_o = warpgroup_mma_wait(0, (b_o,))
-            b_h = gl.convert_layout(s3.to(dtype), operand)
-            b_o = warpgroup_mma(b_h, b_q.slice(3 * PIECE, PIECE, dim=1).permute((1, 0)), b_o, is_async=True)
+            b_h = gl.convert_layout(b_s[0].to(dtype), operand_o)
+            zero = gl.zeros([BS, C], gl.float32, layout_o)
+            b_q = s.qs.index(at.i * PIECES).permute((1, 0))
+            b_o = warpgroup_mma(b_h, b_q, zero, use_acc=False, is_async=True)
+            for p in gl.static_range(1, PIECES):
+                b_o = warpgroup_mma_wait(0, (b_o,))
+                b_h = gl.convert_layout(b_s[p].to(dtype), operand_o)
+                b_q = s.qs.index(at.i * PIECES + p).permute((1, 0))
+                b_o = warpgroup_mma(b_h, b_q, b_o, is_async=True)
             s.gates.ring.wait(at)
-            decay = s.gates.decays.index(at.i).load(gl.SliceLayout(0, layout))
-            s0 = s0 * decay[None, :]
-            s1 = s1 * decay[None, :]
-            b_o = warpgroup_mma_wait(0, (b_o,))
-            s2 = s2 * decay[None, :]
-            s3 = s3 * decay[None, :]
-            b_o = b_o * of_o.index(at.i).load(gl.SliceLayout(0, layout))[None, :]
+            decay = s.gates.decays.index(at.i).load(gl.SliceLayout(0, layout_s))
+            decayed = ()
+            for p in gl.static_range(PIECES):
+                if p == PIECES // 2:
+                    b_o = warpgroup_mma_wait(0, (b_o,))
+                decayed = decayed + (b_s[p] * decay[None, :],)
+            b_o = b_o * of_o.index(at.i).load(gl.SliceLayout(0, layout_o))[None, :]
             if s.X and s.REVERSE:
                 s.x.wait(at_x)
-                b_x = sum_quads(b_o * load_x(s.xs, W, operand, layout))
+                b_x = add_rows(b_o * load_x(s.xs, W, operand_o, layout_o), ROWS)
                 s.sums.ring.acquire(at_s)
                 s.sums.buffer(at_s, W).store(b_x)
             s.v.wait(at)
-            b_v = s.vs.index(at.i).slice(W * BS, BS, dim=1).permute((1, 0))
-            decay_v = of_v.index(at.i).load(gl.SliceLayout(0, operand))
-            b_d = (b_v.load(operand).to(gl.float32) * decay_v[None, :]).to(dtype)
+            b_v = s.vs.index(at.i * 2 + W).permute((1, 0))
+            decay_v = of_v.index(at.i).load(gl.SliceLayout(0, operand_s))
+            b_d = (b_v.load(operand_s).to(gl.float32) * decay_v[None, :]).to(dtype)
             s.k.wait(at)
             # whoever made P has read q and k
             s.products.wait(at)
             s.q.release(at)
-            b_k = s.ks.index(at.i)
             b_o = warpgroup_mma(b_v, s.ps.index(at.i).permute((1, 0)), b_o, is_async=True)
-            s0 = warpgroup_mma(b_d, b_k.slice(0, PIECE, dim=1), s0, is_async=True)
-            s1 = warpgroup_mma(b_d, b_k.slice(PIECE, PIECE, dim=1), s1, is_async=True)
-            s2 = warpgroup_mma(b_d, b_k.slice(2 * PIECE, PIECE, dim=1), s2, is_async=True)
-            s3 = warpgroup_mma(b_d, b_k.slice(3 * PIECE, PIECE, dim=1), s3, is_async=True)
-            b_o = warpgroup_mma_wait(4, (b_o,))
+            updated = ()
+            for p in gl.static_range(PIECES):
+                updated = updated + (warpgroup_mma(b_d, s.ks.index(at.i * PIECES + p), decayed[p], is_async=True),)
+            b_o = warpgroup_mma_wait(PIECES, (b_o,))
             s.v.release(at)
-            tma.store_wait(0)
-            s.os.index(W).permute((1, 0)).store(b_o.to(dtype))
-            fence_async_shared()
-            tma_store(s.desc_o, work.tile(task, task.end, task.i_h, i_t, i_v), s.os.index(W))
-            s0, s1, s2, s3 = warpgroup_mma_wait(0, (s0, s1, s2, s3))
+            b_all = b_o
+            if c.PARTS > 1:
+                o_p = gl.arange(0, BS, gl.SliceLayout(1, layout_o))[:, None] * C
+                p_o = s.partial_tile(task, i_t, W) + o_p + gl.arange(0, C, gl.SliceLayout(0, layout_o))[None, :]
+                if c.PART > 0:
+                    b_all = b_o + gl.load(p_o)
+                else:
+                    gl.store(p_o, b_o)
+            if LAST:
+                tma.store_wait(0)
+                s.os.index(W).permute((1, 0)).store(b_all.to(dtype))
+                fence_async_shared()
+                tma_store(s.desc_o, work.tile(task, task.end, task.i_h, i_t, i_v), s.os.index(W))
+            b_s = as_tuple(warpgroup_mma_wait(0, updated), PIECES)
             s.products.release(at)
             s.k.release(at)
             if s.X:
                 if not s.REVERSE:
                     s.x.wait(at_x)
-                b_x = sum_quads(b_o * load_x(s.xs, W, operand, layout))
+                b_x = add_rows(b_o * load_x(s.xs, W, operand_o, layout_o), ROWS)
                 if not s.REVERSE:
                     s.sums.ring.acquire(at_s)
                 s.sums.buffer(at_s, W + (2 if s.REVERSE else 0)).store(b_x)
@@ -350,42 +392,47 @@ def state_partition(s, W: gl.constexpr):
                 at_x = s.x.after(at_x)
                 at_s = s.sums.ring.after(at_s)
             at = s.q.after(at)
-        work.clear(task, s.desc_o, s.os.index(W), i_v)
+        if work.relay is not None:
+            if last < task.tokens():
+                work.hand_over(b_s, W, 2)
+        if LAST:
+            work.clear(task, s.desc_o, s.os.index(W), task.i_h, i_v)
         if s.state_out.p is not None:
             # the last segment's; a sequence without tokens has no segment, and then the combine leaves its state
-            last = (task.first == task.bos) if s.REVERSE else (task.end == task.eos)
+            at_end = (task.first == task.bos) if s.REVERSE else (task.end == task.eos)
             slot = work.slot(task.i_n)
             swept = (task.first < task.end) if work.SEGMENTS else (task.first == task.bos)
-            if is_sequence(task.i_n, work.N) & (slot >= 0) & last & swept:
+            if is_sequence(task.i_n, work.N) & (slot >= 0) & at_end & swept & (last == task.tokens()):
                 p_out = s.state_out.of(slot, task.i_h)
-                s.state_out.store(p_out, o_v, o_k, s0, s.V, s.K)
-                s.state_out.store(p_out, o_v, o_k + PIECE, s1, s.V, s.K)
-                s.state_out.store(p_out, o_v, o_k + 2 * PIECE, s2, s.V, s.K)
-                s.state_out.store(p_out, o_v, o_k + 3 * PIECE, s3, s.V, s.K)
+                for p in gl.static_range(PIECES):
+                    s.state_out.store(p_out, o_v, o_k + p * PIECE, b_s[p], c.V, c.K)
     tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=['tasks', 'N', 'T', 'P', 'segment', 'part', 'anchor_blocks', 'scale'],
+    do_not_specialize=['tasks', 'N', 'T', 'P', 'segment', 'share', 'part', 'anchor_blocks', 'scale'],
     repr=kernel_name('hopper_wide_sweep'),
 )
 def hopper_wide_sweep_kernel(
-    desc_q, desc_k,  # tiles [C, BK] of [B, T, H // GQ, K]
-    desc_v,  # tiles [C, BV] of [B, T, H // GV, V]
+    desc_q, desc_k,  # tiles [C, PIECE] of [B, T, H // GQ, K]
+    desc_v,  # tiles [C, BS] of [B, T, H // GV, V]
     desc_o,  # tiles [C, BS] of [B, T, H, V]
-    desc_x,  # tiles [C, BV] of [B, T, H // GV, V], or None
+    desc_x,  # tiles [C, BS] of [B, T, H // GV, V], or None
     g,  # [B, T, H], any strides, or None
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
-    x_o,  # [halves, B, H, T]: rows x . o; back in time of what of o comes from the carried state
-    y,  # [halves, B, H, T]: back in time, rows x . o of what of o comes from pairs inside a chunk
-    anchors,  # [anchor blocks + N, H, halves * BK * BV]: states before some chunks, left forward, read back in time
-    s_ds,  # [8 * halves, anchor blocks + N, H]: back in time, <anchor, state after the chunk>, of each warp
+    partial,  # [chunks, H, BLOCKS, 2, BS, C], fp32: o of one part of K, which the next part adds; None if there is one
+    x_o,  # [BLOCKS * PARTS, B, H, T]: rows x . o; back in time of what of o comes from the carried state
+    y,  # likewise: back in time, rows x . o of what of o comes from pairs inside a chunk
+    anchors,  # [anchor blocks + N, H, .]: states before some chunks, left forward, read back in time
+    s_ds,  # [8 * BLOCKS * PARTS, anchor blocks + N, H]: back in time, <anchor, state after the chunk>, of each warp
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the sequences' states in a pool; or None
+    relay, flags,  # [BLOCKS, programs, PIECES * PIECE * BV], [BLOCKS, programs, 256]: what programs hand over, or None
     scale, tasks, N, T,
     P,  # slots of the pool
     segment,  # tokens
+    share,  # chunks to a program in a relay
     part,  # B * H * T
     anchor_blocks,
     g_b, g_t, g_h,
@@ -393,13 +440,15 @@ def hopper_wide_sweep_kernel(
     so_n, so_h, so_k, so_v,
     ROLE: gl.constexpr,
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
-    SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr, STAGES: gl.constexpr,
+    SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
+    PIECES: gl.constexpr, PIECE: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
+    STAGES: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """o of one task after another, in 128 columns of V. Rings, of STAGES buffers where no number is given:
 
         ring           buffers                    full                        empty
-        q, k, v        a tile each                load, by TMA                both states
+        q, k, v        a chunk's tiles each       load, by TMA                both states
         gates          sums, decays               gates                       that of products
         products       P                          products                    both states
         x              1: x                       load, by TMA                both states
@@ -408,49 +457,52 @@ def hopper_wide_sweep_kernel(
     As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
     stored and loaded:
 
-        o     198,712    164, 316
-        dq    223,464    112, 148    with x
-        dk    231,704    100, 164    with x
-        dv    198,712     96, 144
+        K of the role    o                     dq                    dk                     dv
+        192              165,944    32,  32    190,696    36,  36    198,936    64, 100     165,944    36,  36
+        256              198,712   184, 360    223,464    64,  68    231,704   104, 160     198,712    96, 132
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Nor does it release q and k: both states do after they have waited for P, which was made of them.
     """
     dtype: gl.constexpr = desc_q.dtype
-    by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
-    by_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, PIECE], dtype)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    qs = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
-    ks = gl.allocate_shared_memory(dtype, [STAGES, C, BK], by_k)
-    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BV], by_v)
+    qs = gl.allocate_shared_memory(dtype, [STAGES * PIECES, C, PIECE], by_k)
+    ks = gl.allocate_shared_memory(dtype, [STAGES * PIECES, C, PIECE], by_k)
+    vs = gl.allocate_shared_memory(dtype, [STAGES * 2, C, BS], square)
     ps = gl.allocate_shared_memory(dtype, [STAGES, C, C], square)
-    os = gl.allocate_shared_memory(dtype, [2, C, BS], square)
     q = ring(STAGES, 1, 2)
     k = ring(STAGES, 1, 2)
     v = ring(STAGES, 1, 2)
     products = ring(STAGES, 1, 2)
     gates = gate_buffers(STAGES, Ring(barriers(STAGES, 1), products.empty))
-    if X:
-        xs = gl.allocate_shared_memory(dtype, [1, C, BV], by_v)
-        x = ring(1, 1, 2)
-        partial_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
-        partial = gl.allocate_shared_memory(gl.float32, [4 if REVERSE else 2, ROWS, C], partial_layout)
-        sums = Sums(partial, ring(1, 2, 1))
-        x_o += gl.program_id(1).to(gl.int64) * part
-        if REVERSE:
-            y += gl.program_id(1).to(gl.int64) * part
+    if PART + 1 == PARTS:
+        os = gl.allocate_shared_memory(dtype, [2, C, BS], square)
     else:
         # what is there stands in for what nobody reads
+        os = vs
+    if X:
+        xs = gl.allocate_shared_memory(dtype, [2, C, BS], square)
+        x = ring(1, 1, 2)
+        partial_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
+        row_sums = gl.allocate_shared_memory(gl.float32, [4 if REVERSE else 2, ROWS, C], partial_layout)
+        sums = Sums(row_sums, ring(1, 2, 1))
+        first = gl.program_id(1) * PARTS + PART
+        x_o += first.to(gl.int64) * part
+        if REVERSE:
+            y += first.to(gl.int64) * part
+    else:
         xs = vs
         x = v
         sums = Sums(gates.sums, v)
     fence_async_shared()
 
-    work = Work(cu_seqlens, indices, tasks, N, T, P, segment, H, SEGMENTS)
+    work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, 1, SEGMENTS)
+    cut = Cut(K, V, PIECES, PIECE, BLOCKS, PARTS, PART)
     s = Sweep(
-        work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x, qs, ks, vs, ps, os, xs,
-        q, k, v, products, x, gates, sums, GQ, GV, K, V, BA, REVERSE, X,
+        work, cut, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
+        partial, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x, qs, ks, vs, ps, os, xs,
+        q, k, v, products, x, gates, sums, GQ, GV, BA, REVERSE, X,
     )  # fmt: skip
     of_g = (work, gates, g, (g_b, g_t, g_h), scale, REVERSE)
     if X:
@@ -485,60 +537,108 @@ class Config(NamedTuple):
     most_registers: int
 
 
-# With 208 for the states ptxas of triton 3.6 puts a wait after every wgmma (C7512), as that of triton 3.9 does in any
-# case.
-CONFIG = Config(2, 216, 56, 24, 128)
+# By rows of the state of a program. With 208 for the states at 256 ptxas of triton 3.6 puts a wait after every wgmma
+# (C7512), as that of triton 3.9 does in any case.
+CONFIGS = {
+    64: Config(3, 176, 136, 24, 128),
+    128: Config(2, 192, 104, 24, 128),
+    192: Config(2, 200, 88, 24, 128),
+    256: Config(2, 216, 56, 24, 128),
+}
+
+
+# Of a chunk, by rows of the state of a program, where no program waits for memory (H200).
+MICROSECONDS = {64: 1.4, 128: 1.7, 192: 2.1, 256: 2.45}
+
+
+class Shape(NamedTuple):
+    """How a state is cut: the fields of `Cut`, on the host."""
+
+    pieces: int
+    piece: int
+    blocks: int
+    parts: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the state of a program."""
+        return self.pieces * self.piece
+
+
+@functools.cache
+def cut(K: int, V: int) -> Shape:
+    """How a state `[K, V]` is cut."""
+    parts = 1 if K <= 256 else 2
+    rows = cdiv(cdiv(K, parts), 64) * 64
+    pieces, piece = (1, rows) if rows <= 128 else (rows // 64, 64)
+    return Shape(pieces, piece, cdiv(V, BV.value), parts)
+
+
+def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, cu_seqlens: torch.Tensor | None) -> tuple[int, int]:
+    """The tasks of a launch, and the programs for each block of V."""
+    B, T, H, K, V = sizes(q, v)
+    tasks = count_swept(B, T, setting.segment, cu_seqlens) * H
+    return tasks, min(tasks, max(multiprocessors(q.device) // cut(K, V).blocks, 1))
 
 
 @launcher
-def launch_wide_sweep(tensors, setting: Setting):
-    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices = tensors
+def launch_wide_sweep(tensors, setting: Setting, share: int, part: int):
+    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
-    halves = count_halves(V)
+    shape = cut(K, V)
     scale, segment, BA, reverse, _, role = setting
-    tasks = count_swept(B, T, segment, cu_seqlens) * H
+    config = CONFIGS[shape.rows]
+    tasks, programs = count_work(q, v, setting, cu_seqlens)
     args = (
-        *(descriptor(t, BK.value, cu_seqlens) for t in (q, k)), descriptor(v, BV.value, cu_seqlens),
-        descriptor(o, BS.value, cu_seqlens), None if x is None else descriptor(x, BV.value, cu_seqlens),
-        g, state_in, state_out, *others, cu_seqlens, indices,
+        *(descriptor(t, shape.piece, cu_seqlens) for t in (q, k)),
+        *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x)),
+        g, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T,
-        0 if indices is None else state_out.shape[0], segment or 0, B * H * T, count_blocks(B, T, BA, cu_seqlens),
+        0 if indices is None else state_out.shape[0], segment or 0, share, B * H * T,
+        count_blocks(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
         ROLE=role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
-        SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None, STAGES=CONFIG.stages,
-        STATE_REGISTERS=CONFIG.state_registers, PRODUCT_REGISTERS=CONFIG.product_registers,
-        OTHER_REGISTERS=CONFIG.other_registers, maxnreg=CONFIG.most_registers, num_warps=4,
+        SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None,
+        PIECES=shape.pieces, PIECE=shape.piece, BLOCKS=shape.blocks, PARTS=shape.parts, PART=part, STAGES=config.stages,
+        STATE_REGISTERS=config.state_registers, PRODUCT_REGISTERS=config.product_registers,
+        OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers, num_warps=4,
     )  # fmt: skip
-    grid = min(tasks, max(multiprocessors(q.device) // halves, 1)), halves, 1
-    return hopper_wide_sweep_kernel, grid, args, constants
-
-
-def count_halves(V: int) -> int:
-    return 1 if V <= BV.value else 2
+    return hopper_wide_sweep_kernel, (programs, shape.blocks, 1), args, constants
 
 
 def anchor_size(K: int, V: int) -> int:
     """Numbers of an anchor of a state `[K, V]`; the sweeps that leave and read it hold the state as `[V, K]`."""
-    return BK.value * BV.value * count_halves(K)
+    shape = cut(V, K)
+    return shape.parts * shape.rows * shape.blocks * BV.value
 
 
 def sweep(operands: Operands, setting: Setting):
     """One sweep over each sequence, or over each of its segments, which then have a state_in of their own: `o`, and
     three that are None without x, for dg (`_gates.py`). Forward in time the first is the rows
-    `x . o [halves, B, H, T]`. Back in time these have two parts, of the carried state and of pairs inside a chunk, and
-    the third is `<anchor, state> [8 * halves, anchor blocks + N, H]`, one of each warp. The halves are those of V, one
-    up to V 128.
+    `x . o [parts, B, H, T]`. Back in time these have two parts, of the carried state and of pairs inside a chunk, and
+    the third is `<anchor, state> [8 * parts, anchor blocks + N, H]`, one of each warp. The parts are those of the
+    state, in rows and in columns.
     """
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
-    B, T, H, _, V = sizes(q, v)
-    o = empty(q, B, T, H, V)
-    x_o = y = s_ds = None
+    B, T, H, K, V = sizes(q, v)
+    shape = cut(K, V)
+    partial = x_o = y = s_ds = None
+    if shape.parts > 1:
+        chunks = count_blocks(B, T, C.value, cu_seqlens)
+        partial = empty(q, chunks, H, shape.blocks * BV.value, C.value, dtype=torch.float32)
     if x is not None:
-        x_o = empty(q, count_halves(V), B, H, T, dtype=torch.float32)
+        parts = shape.blocks * shape.parts
+        x_o = empty(q, parts, B, H, T, dtype=torch.float32)
         if setting.reverse:
             y = empty(x_o, *x_o.shape)
-            s_ds = empty(q, 8 * count_halves(V), anchors.shape[0], H, dtype=torch.float32)
-    launch_wide_sweep((q, k, v, o, x, g, state_in, state_out, x_o, y, anchors, s_ds, cu_seqlens, indices), setting)
+            s_ds = empty(q, 8 * parts, anchors.shape[0], H, dtype=torch.float32)
+    tasks, programs = count_work(q, v, setting, cu_seqlens)
+    for part in range(shape.parts):
+        share, *handed_over = relay(operands, setting, tasks, (programs, shape.blocks), shape.rows * BV.value)
+        o = empty(q, B, T, H, V) if part + 1 == shape.parts else None
+        others = partial, x_o, y, anchors, s_ds, cu_seqlens, indices
+        tensors = q, k, v, o, x, g, state_in, state_out, *others, *handed_over
+        launch_wide_sweep(tensors, setting, share, part)
     return o, x_o, y, s_ds
