@@ -113,8 +113,8 @@ def launches(arch: int) -> list[tuple[str, object]]:
             for kind, (states, packed) in kinds.items():
                 found += [(f'chunk {name}{kind}', launch) for launch in chunk_launches(dims, dtype, states, packed)]
                 if dims in DIMS and (not states or packed):
-                    launches = parallel_launches(dims, dtype, packed)
-                    found += [(f'parallel {name}{kind}', launch) for launch in launches]
+                    of_map = parallel_launches(dims, dtype, packed)
+                    found += [(f'parallel {name}{kind}', launch) for launch in of_map]
     return found
 
 

@@ -87,6 +87,11 @@ def label(shape: Iterable[int]) -> str:
     return ' '.join(f'{name}{size}' for name, size in zip('BTHD', shape))
 
 
+def dims_label(row: dict[str, Any]) -> str:
+    """The same of a row with heads of q and with K and V."""
+    return 'B{B} T{T} H{H} HK{HK} K{K} V{V}'.format(**row)
+
+
 def inputs(B: int, T: int, H: int, D: int, memory: float = MEMORY) -> tuple[list[torch.Tensor], torch.Tensor]:
     """q, k, v and g, which need gradients, and do."""
     torch.manual_seed(0)
@@ -189,6 +194,16 @@ class Column(NamedTuple):
     width: int
     cell: Callable[[dict], str]
     is_text: bool = False
+
+
+def milliseconds(name: str) -> Callable[[dict], str]:
+    """What shows a time in a column."""
+    return lambda row: '-' if row.get(name) is None else f'{row[name]:.3f}'
+
+
+def share(of: str, least: str) -> Callable[[dict], str]:
+    """What shows the share in a time of the least one that is possible, a floor or a limit."""
+    return lambda row: '-' if row.get(f'{of}_ms') is None else f'{row[f"{of}_{least}_ms"] / row[f"{of}_ms"]:.0%}'
 
 
 class Report:

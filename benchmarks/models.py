@@ -31,7 +31,7 @@ import torch
 import fla_simple_gla
 
 from .implementations import fla
-from .measuring import MEMORY, Column, Report, add_report_options, median
+from .measuring import MEMORY, Column, Report, add_report_options, dims_label, median, milliseconds, share
 
 TFLOPS = 700.0
 CHUNK = 64
@@ -89,29 +89,17 @@ MODELS = [
 ]
 
 
-def milliseconds(name: str) -> Callable[[dict], str]:
-    return lambda row: '-' if row.get(name) is None else f'{row[name]:.3f}'
-
-
-def share(of: str) -> Callable[[dict], str]:
-    return lambda row: '-' if row.get(f'{of}_ms') is None else f'{row[f"{of}_limit_ms"] / row[f"{of}_ms"]:.0%}'
-
-
-def label(row: dict) -> str:
-    return 'B{B} T{T} H{H} HK{HK} K{K} V{V}'.format(**row)
-
-
 COLUMNS = [
     Column('model', 24, lambda row: row['model'], True),
-    Column('shape', 32, label, True),
+    Column('shape', 32, dims_label, True),
     Column('implementation', 14, lambda row: row['implementation'], True),
     Column('fwd', 7, milliseconds('forward_ms')),
     Column('limit', 6, milliseconds('forward_limit_ms')),
-    Column('share', 5, share('forward')),
+    Column('share', 5, share('forward', 'limit')),
     Column('eager', 7, milliseconds('forward_eager_ms')),
     Column('fwd+bwd', 7, milliseconds('both_ms')),
     Column('limit', 6, milliseconds('both_limit_ms')),
-    Column('share', 5, share('both')),
+    Column('share', 5, share('both', 'limit')),
     Column('eager', 7, milliseconds('both_eager_ms')),
     Column('MiB', 6, lambda row: f'{row["memory_mib"]:.0f}'),
     Column('error', 7, lambda row: '-' if row.get('error') is None else f'{row["error"]:.1e}'),

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .measuring import ROOT, label
+from .measuring import ROOT, dims_label, label
 
 FOLDER = ROOT / 'benchmarks' / 'results'
 FIGURES = ROOT / 'docs' / 'figures'
@@ -246,8 +246,7 @@ def models(card: str, files: Files) -> str:
     cells = []
     for row in results.find(implementation='chunk'):
         others = [x for x in results.find(model=row['model']) if x['implementation'] in peers]
-        shape = 'B{B} T{T} H{H} HK{HK} K{K} V{V}'.format(**row)
-        cell = [f'{row["model"]}: {shape}']
+        cell = [f'{row["model"]}: {dims_label(row)}']
         for x in ('forward', 'both'):
             ms, limit = row[f'{x}_ms'], row[f'{x}_limit_ms']
             cell += [digits(ms), f'{digits(limit)} ({limit / ms:.0%})']

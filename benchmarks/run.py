@@ -47,7 +47,9 @@ from .measuring import (
     host_time,
     inputs,
     label,
+    milliseconds,
     pass_bytes,
+    share,
 )
 
 # B, T, H, D
@@ -65,16 +67,8 @@ SHAPES = [
 FIRST_CALL_SHAPE = (1, 131072, 8, 128)
 
 
-def milliseconds(name: str) -> Callable[[dict], str]:
-    return lambda row: '-' if row.get(name) is None else f'{row[name]:.3f}'
-
-
 def gpu_milliseconds(name: str) -> Callable[[dict], str]:
     return lambda row: milliseconds(f'{name}_ms')(row) + (' g' if row.get(f'{name}_in_graph') else '')
-
-
-def share(of: str) -> Callable[[dict], str]:
-    return lambda row: '-' if row.get(f'{of}_ms') is None else f'{row[f"{of}_floor_ms"] / row[f"{of}_ms"]:.0%}'
 
 
 COLUMNS = [
@@ -82,10 +76,10 @@ COLUMNS = [
     Column('implementation', 24, lambda row: row['implementation'] + (row['note'] and f' ({row["note"]})'), True),
     Column('fwd', 8, gpu_milliseconds('forward')),
     Column('floor', 7, milliseconds('forward_floor_ms')),
-    Column('share', 6, share('forward')),
+    Column('share', 6, share('forward', 'floor')),
     Column('fwd+bwd', 8, gpu_milliseconds('both')),
     Column('floor', 7, milliseconds('both_floor_ms')),
-    Column('share', 6, share('both')),
+    Column('share', 6, share('both', 'floor')),
     Column('host fwd', 8, milliseconds('host_forward_ms')),
     Column('fwd+bwd', 8, milliseconds('host_both_ms')),
     Column('MiB', 6, lambda row: '-' if row.get('memory_mib') is None else f'{row["memory_mib"]:.0f}'),

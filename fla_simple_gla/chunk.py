@@ -59,7 +59,7 @@ from ._sweeps import Operands, Setting, final_states
 from ._triton import jit, kernel_name, tl
 from ._validation import Call
 from .fused_chunk import gradients, naive, outputs, sweep_config, sweep_gates
-from .hopper import CHUNK_TOKENS, LEAST_GAIN, Sweeps, as_taken, sweeps_for, sweeps_of
+from .hopper import CHUNK_TOKENS, Sweeps, as_taken, is_shared, sweeps_for, sweeps_of
 
 SCANNED_CHUNKS = tl.constexpr(32)  # chunks whose gates a summary looks at together
 
@@ -377,8 +377,8 @@ def segment_tokens(
         return 1 + SHARING_COST_IN_CHUNKS * (cdiv(programs, processors) - 1)
 
     in_one_piece = chunk_time(programs)
-    if load.microseconds is not None and sequences is None and in_one_piece > (1 + LEAST_GAIN) * programs / at_once:
-        in_one_piece = max(programs / at_once, 1)  # they share the work
+    if load.microseconds is not None and sequences is None and is_shared(programs, at_once):
+        in_one_piece = programs / at_once
     best, chosen = cdiv(T, load.BT) * in_one_piece, None
     blocks = cdiv(T, SEGMENT_MULTIPLE)
     for segments in range(2, min(blocks, 2 * at_once // programs + 1) + 1):
@@ -429,7 +429,6 @@ def tokens_to_a_segment(inputs: Inputs) -> int | None:
     B, T, _, K = q.shape
     H, V = inputs.v.shape[2:]
     sequences = None if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    # as if no heads shared q and k: that must not change the bits of the forward
     hopper = sweeps_of(K, V, q.dtype, q.device)
     if hopper:
         load = Load(hopper.programs, CHUNK_TOKENS, hopper.microseconds)

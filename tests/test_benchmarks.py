@@ -12,7 +12,7 @@ import torch
 from harness import GPU
 
 from benchmarks import __main__ as command
-from benchmarks import measuring, report, shapes
+from benchmarks import measuring, models, report, shapes
 from benchmarks.measuring import Column, Report
 
 ROOT = report.ROOT
@@ -110,6 +110,46 @@ def test_a_table_that_differs_is_filled_anew():
     assert report.filled(new, files) == new
 
 
+def results_of(command: str, *rows: dict) -> report.Results:
+    machine = dict.fromkeys(('torch', 'triton', 'driver', 'date'), '1')
+    return report.Results(MACHINE | machine | {'command': f'python -m benchmarks {command}'}, [*rows])
+
+
+def test_the_table_of_models():
+    model = dict(model='one', B=1, T=2, H=4, HK=1, K=16, V=8)
+    times = dict(forward_limit_ms=0.05, both_limit_ms=0.5, memory_mib=1234.0, error=0.003)
+    ours = model | times | dict(implementation='chunk', forward_ms=0.1, both_ms=2.0)
+    theirs = model | times | dict(implementation='mamba_ssm', forward_ms=0.3, both_ms=5.0, memory_mib=2000.0)
+    files = report.Files({'h200/models': results_of('models', ours, theirs)})
+    expected = '| one: B1 T2 H4 HK1 K16 V8 | 0.100 | 0.050 (50%) | 0.300 (mamba_ssm) | 2.00 | 0.500 (25%) | '
+    assert expected + '5.00 (mamba_ssm) | 1,234 / 2,000 | 3.0e-03 |' in report.TABLES['models-h200'](files)
+
+
+def test_the_limits_of_a_model():
+    """Of bytes where heads share q and k and the state is small, and of products where it is large."""
+    small, large = models.Model('', 1, 1000, 80, 1, 128, 64), models.Model('', 1, 1000, 4, 4, 512, 512)
+    forward, both = small.limits(1e12)
+    bytes_of_q, bytes_of_v, bytes_of_g = 2 * 1000 * 128, 2 * 1000 * 80 * 64, 4 * 1000 * 80
+    assert forward == pytest.approx((2 * bytes_of_q + 2 * bytes_of_v + bytes_of_g) / 1e9)
+    assert both == pytest.approx(forward + (4 * bytes_of_q + 3 * bytes_of_v + 2 * bytes_of_g) / 1e9)
+    forward, both = large.limits(1e15)
+    assert forward == pytest.approx(4000 * (4 * 512**2 + 128 * 1024) / 7e11)
+    assert both == pytest.approx(forward + 4000 * (10 * 512**2 + 128 * 5 * 512) / 7e11)
+
+
+def test_other_dims_have_rows_of_their_own_in_the_table_of_errors():
+    row = dict(mode='chunk', dtype='bf16', T=64, states=False, result='o', memory_tokens=1)
+    rows = [
+        row | dict(error=0.001),
+        row | dict(K=128, V=128, HK=8, error=0.002),
+        row | dict(K=128, V=64, HK=1, error=0.003),
+    ]
+    files = report.Files({f'{card}/accuracy': results_of('accuracy', *rows) for card in report.CARDS})
+    text = report.TABLES['accuracy'](files)
+    assert '| `chunk`, bf16 | 2.0e-03 |' in text
+    assert '| `chunk`, bf16, K 128 V 64, heads share q and k | 3.0e-03 |' in text
+
+
 def test_every_table_of_a_page_has_a_maker():
     for page in report.PAGES:
         names = [found[2] for found in report.BLOCK.finditer((ROOT / page).read_text())]
@@ -152,6 +192,7 @@ def test_result_files_name_commits_of_this_history():
     ('decode', '--batch', 2, '--heads', 2, '--dim', 64),
     ('host', '--shape', 1, 256, 2, 64, '--calls', 50, '--lengths', 2),
     ('compiled', '--shape', 1, 128, 2, 64),
+    ('models', '--model', 'Mamba-2, N 64'),
 ], ids=lambda x: x[0])  # fmt: skip
 def test_what_is_measured_on_a_gpu(arguments, tmp_path, monkeypatch):
     path = tmp_path / 'rows.jsonl'

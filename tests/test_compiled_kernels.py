@@ -45,9 +45,10 @@ def test_stack_and_shared_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'call', ['chunk bfloat16 K 128 V 128 HK 4 packed', 'parallel bfloat16 K 128 V 128 HK 4 packed']
-)
+@pytest.mark.parametrize('call', [
+    'chunk bfloat16 K 128 V 128 HK 4 packed', 'chunk bfloat16 K 128 V 64 HK 2 packed',
+    'parallel bfloat16 K 128 V 128 HK 4 packed',
+])  # fmt: skip
 def test_kernels_for_hopper_fit_and_are_not_serialised(call):
     """No warning of ptxas that every product of the tensor cores is waited for, and no more than the shared memory."""
     if cuobjdump() is None or why_not('hopper'):

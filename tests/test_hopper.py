@@ -5,14 +5,27 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import DEVICE, GPU, HALF, MODES, Case, check, launch_by_triton, make_inputs, place, reference, run
+from harness import (
+    DEVICE,
+    GPU,
+    HALF,
+    MODES,
+    Case,
+    assert_same_bits,
+    check,
+    launch_by_triton,
+    make_inputs,
+    place,
+    reference,
+    run,
+)
 
 from fla_simple_gla import chunk, fused_chunk, fused_chunk_simple_gla, hopper, parallel
 from fla_simple_gla._cache import Cache
 from fla_simple_gla._layout import is_hopper
 from fla_simple_gla._plans import Inputs, Options, Plan
 from fla_simple_gla._triton import why_not
-from fla_simple_gla.hopper import Sweeps, attention_for, sweeps_for, sweeps_of, takes, why_no_sweeps
+from fla_simple_gla.hopper import Sweeps, attention_for, is_shared, sweeps_for, sweeps_of, takes, why_no_sweeps
 
 on_hopper = pytest.mark.skipif(not GPU or not is_hopper(torch.device('cuda')), reason='for Hopper GPUs')
 
@@ -140,7 +153,7 @@ def test_heads_that_share_q_and_k_have_the_bits_of_heads_that_do_not(K, V, mode)
 
 @on_hopper
 @pytest.mark.parametrize(
-    'K, V, H, HK', [(64, 64, 300, 300), (128, 128, 140, 140), (128, 64, 300, 1), (256, 256, 70, 70)]
+    'K, V, H, HK', [(64, 64, 300, 300), (128, 128, 140, 140), (128, 64, 300, 1), (256, 256, 70, 70), (256, 512, 40, 40)]
 )
 def test_programs_that_share_heads_give_the_same_bits(K, V, H, HK, monkeypatch):
     """Where the programs are no divisor of the heads, they hand over states in the middle of some."""
@@ -149,20 +162,34 @@ def test_programs_that_share_heads_give_the_same_bits(K, V, H, HK, monkeypatch):
     case = Case(700, K=K, V=V, H=H, HK=HK, dtype=HALF)
     inputs = make_inputs(case)
     found = []
-    for gain in (0.0, float('inf')):
-        monkeypatch.setattr(common_of_hopper(), 'LEAST_GAIN', gain)
+    for gain in (float('inf'), 0.0, 0.0):
+        monkeypatch.setattr(hopper, 'LEAST_GAIN', gain)
         found.append(run(MODES['fused_chunk'], case, inputs))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    monkeypatch.setattr(common_of_hopper(), 'LEAST_GAIN', 0.0)
-    again = run(MODES['fused_chunk'], case, inputs)
-    assert all(torch.equal(again[name], found[0][name]) for name in again)
+    alone, *shared = found
+    for results in shared:
+        assert_same_bits(results, alone)
+    check(case, alone, reference(case, inputs))
 
 
-def common_of_hopper():
-    """The module, which needs Gluon."""
-    from fla_simple_gla.hopper import common
+@pytest.mark.skipif(why_not('hopper') is not None, reason='needs Gluon')
+@pytest.mark.parametrize('K, V, H, HK, heads', [
+    (128, 64, 80, 1, 2), (72, 8, 4, 2, 2), (128, 64, 6, 2, 1), (128, 64, 4, 4, 1), (64, 64, 4, 1, 1),
+    (128, 72, 4, 1, 1), (256, 64, 4, 1, 1), (64, 128, 4, 2, 1),
+])  # fmt: skip
+def test_which_heads_are_taken_in_pairs(K, V, H, HK, heads):
+    """Those that share q and k, if one fills a warp group. In no sweep with other roles: there v is shared."""
+    from fla_simple_gla.hopper.common import count_pair
 
-    return common
+    q, v, do = torch.empty(1, 1, HK, K), torch.empty(1, 1, H, V), torch.empty(1, 1, H, V)
+    assert count_pair(q, v) == heads
+    assert count_pair(do, q) == 1
+
+
+def test_when_programs_share_heads():
+    """If they would take a fifth longer without."""
+    assert [is_shared(tasks, 132) for tasks in (1, 132, 133, 160, 219, 221, 264, 265, 5000)] == [
+        False, False, True, True, True, False, False, True, False,
+    ]  # fmt: skip
 
 
 def mean(do: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,7 @@ STATE_CASES = [
     # More heads than programs that run at once, which then share some.
     Case(3000, K=256, V=256, H=80, dtype=bf16, memory=1000), Case(1000, K=128, V=128, H=140, dtype=bf16, memory=1000),
     Case(500, K=64, V=64, H=300, B=2, dtype=fp16, gate=None, memory=1000),
+    Case(300, K=512, V=128, H=140, HK=70, dtype=bf16), Case(300, K=256, V=512, H=40, HK=8, dtype=bf16),
     *(Case(500, K=K, V=V, dtype=bf16) for K, V in (
         (192, 192), (256, 512), (512, 256), (512, 512), (320, 64), (40, 392), (384, 136), (128, 256))),
     Case(1000, K=512, V=264, dtype=fp16, HK=1, state_v_first=True, memory=100),

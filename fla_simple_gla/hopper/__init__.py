@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._layout import is_hopper
+from .._layout import cdiv, is_hopper
 from .._triton import switched_off, warn_once, why_not
 
 CHUNK_TOKENS = 64  # of a chunk of the sweeps
@@ -26,14 +26,19 @@ BLOCK_TOKENS = 128  # of a block of rows of the attention
 LEAST_GAIN = 0.2
 
 
+def is_shared(tasks: int, programs: int) -> bool:
+    """Whether so many programs share tasks of equal length."""
+    return tasks > programs and cdiv(tasks, programs) > (1 + LEAST_GAIN) * tasks / programs
+
+
 class Sweeps(NamedTuple):
     """The sweeps for states of some size."""
 
     sweep: Callable
     gradients: Callable | None  # dk and dv at once; None where they are sweeps of their own
-    pairs: bool  # whether `gradients` makes dq too, one of each two heads
-    programs: float  # for each head, if no heads share q and k or V is over 64
-    microseconds: float  # of a chunk, where programs do not wait for memory (H200)
+    pairs: bool  # whether tasks are two heads that share q and k: then `gradients` makes dq too, one of each two
+    programs: float  # of a sweep for each head, half of one where two can be a task
+    microseconds: float  # of a chunk of a program that does not wait for memory (H200)
     anchor_size: Callable[[int, int], int]  # numbers of an anchor of a state [K, V]
 
 
@@ -63,14 +68,17 @@ def sweeps_of(K: int, V: int, dtype: torch.dtype, device: torch.device, sharing:
     if max(K, V) <= 128:
         from . import common, gradients, sweep
 
+        # These two do not depend on what is shared: the segments, which follow from them, and with them the bits of the
+        # forward, must not.
+        programs = 0.5 if common.is_paired(K, V, 2) else 1.0
+        microseconds = 1.9 if programs < 1 else 1.0 if max(K, V) <= 64 else 1.45
         pairs = common.is_paired(K, V, sharing)
-        cost = (0.5, 1.9) if common.is_paired(K, V, 2) else (1.0, 1.0 if max(K, V) <= 64 else 1.45)
-        return Sweeps(sweep.sweep, gradients.sweep, pairs, *cost, sweep.anchor_size)
+        return Sweeps(sweep.sweep, gradients.sweep, pairs, programs, microseconds, sweep.anchor_size)
     from . import wide
 
     shape = wide.cut(K, V)
-    cost = shape.blocks, wide.MICROSECONDS[shape.rows] * shape.parts
-    return Sweeps(wide.sweep, None, False, *cost, wide.anchor_size)
+    microseconds = wide.MICROSECONDS[shape.rows] * shape.parts
+    return Sweeps(wide.sweep, None, False, float(shape.blocks), microseconds, wide.anchor_size)
 
 
 def sweeps_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Sweeps | None:

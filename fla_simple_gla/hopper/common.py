@@ -33,7 +33,6 @@ have offsets that cancel each other modulo 2^64, so that the bound of the dimens
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -47,7 +46,7 @@ from .._gates import LOG2E, RESET
 from .._layout import cdiv
 from .._passes import empty, zeros
 from .._sweeps import Operands, Setting
-from . import CHUNK_TOKENS, LEAST_GAIN
+from . import CHUNK_TOKENS, is_shared
 
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
@@ -334,6 +333,16 @@ class Work:
             return [RAGGED_END, end, i_h, RAGGED_END - (end - task.first) + i_t, i_d]
 
     @gluon.jit
+    def columns(self, task, i_t, w, GROUP: gl.constexpr):
+        """Coordinates of the tile of 64 columns that warp group w has, of a tensor with a head for each GROUP heads:
+        from column w * 64 of the task's head on, or from the first column of its own head on.
+        """
+        if self.HEADS == 2:
+            return self.tile(task, task.end, (task.i_h + w) // GROUP, i_t, 0)
+        else:
+            return self.tile(task, task.end, task.i_h // GROUP, i_t, w * BS)
+
+    @gluon.jit
     def clear(self, task, desc, buf, i_h, i_d):
         """Zeros in the rows of head i_h of a task that is padding, or lies in no sequence."""
         COLUMNS: gl.constexpr = buf.shape[1]
@@ -476,13 +485,12 @@ class Sums:
 def sum_parts(partial, start, PARTS: gl.constexpr):
     """The rows of PARTS buffers added up to four, `[4, C]`, which the caller adds up."""
     # A warp has half of the columns, and a thread 4 of them in 2 rows of a slice: few, as it has few registers.
-    ROWS: gl.constexpr = 8 if partial.shape[1] > 8 else partial.shape[1]  # of a slice
-    layout: gl.constexpr = gl.BlockedLayout([ROWS // 4, 4], [4, 8], [1, 2], [1, 0])
-    SLICES: gl.constexpr = partial.shape[1] // ROWS
-    total = gl.sum(partial.index(start).slice(0, ROWS, dim=0).load(layout).reshape([4, ROWS // 4, C]), 1)
+    layout: gl.constexpr = gl.BlockedLayout([2, 4], [4, 8], [1, 2], [1, 0])
+    SLICES: gl.constexpr = partial.shape[1] // 8
+    total = gl.sum(partial.index(start).slice(0, 8, dim=0).load(layout).reshape([4, 2, C]), 1)
     for j in gl.static_range(1, SLICES * PARTS):
-        rows = partial.index(start + j // SLICES).slice(j % SLICES * ROWS, ROWS, dim=0).load(layout)
-        total += gl.sum(rows.reshape([4, ROWS // 4, C]), 1)
+        rows = partial.index(start + j // SLICES).slice(j % SLICES * 8, 8, dim=0).load(layout)
+        total += gl.sum(rows.reshape([4, 2, C]), 1)
     return total
 
 
@@ -521,8 +529,8 @@ def row_sum_partition(work, sums, x_o, pairs, REVERSE: gl.constexpr):
 
 @gluon.jit
 def add_rows(x, ROWS: gl.constexpr):
-    """Rows of `x [64, N]`, in the layout of a product, added up to `[ROWS, N]`: 32, 16, 8 or 4. A thread has two of 16
-    rows, which it adds up; fewer than 32 are left if 2, 4 or 8 threads add up theirs too.
+    """Rows of `x [64, N]`, in the layout of a product, added up to `[ROWS, N]`: 32, 16 or 8. A thread has two of 16
+    rows, which it adds up; fewer than 32 are left if 2 or 4 threads add up theirs too.
     """
     N: gl.constexpr = x.shape[1]
     x = gl.sum(x.reshape([4, 2, 8, N]), 1)
@@ -610,28 +618,22 @@ def descriptor(x: torch.Tensor, columns: int, cu_seqlens: torch.Tensor | None, r
     return Tiles(x, shape, strides, (1, 1, 1, rows, columns), tile_layout(rows, columns, x.dtype))
 
 
-class Relay(NamedTuple):
-    """What programs of a launch share of their tasks: nothing, or so many chunks for each, and where they hand over."""
-
-    share: int
-    states: torch.Tensor | None
-    flags: torch.Tensor | None
-
-
-def relay(operands: Operands, setting: Setting, tasks: int, grid: tuple[int, int], numbers: int) -> Relay:
-    """The relay of a launch of so many tasks and programs. A program holds a state of so many numbers."""
-    q, cu_seqlens, indices = operands.q, operands.cu_seqlens, operands.indices
+def relay_buffers(operands: Operands, setting: Setting, tasks: int, grid: tuple[int, int], numbers: int) -> tuple:
+    """Where the programs of a launch hand over states, and the flags for it; None and None if they share no task. A
+    program holds a state of so many numbers.
+    """
     programs, blocks = grid
-    chunks = cdiv(q.shape[1], CHUNK_TOKENS)
-    share = cdiv(tasks * chunks, programs)
-    is_even = cu_seqlens is None and indices is None and setting.segment is None
-    # programs that do not share take so much longer
-    if not is_even or tasks <= programs or cdiv(tasks, programs) * chunks < (1 + LEAST_GAIN) * share:
-        return Relay(0, None, None)
-    states = empty(q, programs * blocks, numbers, dtype=torch.float32)
-    # a warp group has 64 columns of it
-    flags = zeros(q, programs * blocks, 256, dtype=torch.int32)
-    return Relay(share, states, flags)
+    have_equal_lengths = operands.cu_seqlens is None and operands.indices is None and setting.segment is None
+    if not have_equal_lengths or not is_shared(tasks, programs):
+        return None, None
+    states = empty(operands.q, programs * blocks, numbers, dtype=torch.float32)
+    # two warp groups have 64 columns of it each
+    return states, zeros(operands.q, programs * blocks, 256, dtype=torch.int32)
+
+
+def chunks_to_a_program(relay: torch.Tensor | None, tasks: int, programs: int, T: int) -> int:
+    """How many each takes in a relay; 0 if there is none."""
+    return 0 if relay is None else cdiv(tasks * cdiv(T, CHUNK_TOKENS), programs)
 
 
 def count_pair(q: torch.Tensor, v: torch.Tensor) -> int:

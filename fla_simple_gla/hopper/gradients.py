@@ -59,6 +59,7 @@ from .common import (
     Work,
     add_rows,
     aggregate,
+    chunks_to_a_program,
     consumer_start,
     count_pair,
     decay_of_pairs,
@@ -69,7 +70,7 @@ from .common import (
     padded,
     prefetch,
     producer_start,
-    relay,
+    relay_buffers,
     ring,
     row_sum_partition,
     store_sum,
@@ -118,14 +119,6 @@ class Gradients:
     DV: gl.constexpr  # whether dv is made, or at least its sums
 
     @gluon.jit
-    def tile_of_columns(self, task, i_t, w):
-        """Coordinates of the tile of v, do or dv that value partition w has."""
-        if self.work.HEADS == 2:
-            return self.work.tile(task, task.end, task.i_h + w, i_t, 0)
-        else:
-            return self.work.tile(task, task.end, task.i_h, i_t, w * BS)
-
-    @gluon.jit
     def anchor_of(self, i_a, i_h):
         """Where the anchor of a head begins."""
         SIZE: gl.constexpr = self.qs.shape[2] * (self.NW // self.work.HEADS) * BS
@@ -163,7 +156,7 @@ def load_partition(s):
             tma_load(s.desc_k, of_k, bar, s.ks.index(at.i))
             tma_load(s.desc_q, of_k, bar, s.qs.index(at.i))
             for w in gl.static_range(NW):
-                of_v = s.tile_of_columns(task, i_t, w)
+                of_v = work.columns(task, i_t, w, 1)
                 tma_load(s.desc_do, of_v, bar, s.dos.index(at.i * NW + w))
                 tma_load(s.desc_v, of_v, bar, s.vs.index(at.i * NW + w))
             at = s.tiles.after(at)
@@ -353,7 +346,7 @@ def value_partition(s, W: gl.constexpr):
                 if s.REVERSE:
                     s.dvs.index(W).permute((1, 0)).store(b_o.to(dtype))
                     fence_async_shared()
-                    tma_store(s.desc_dv, s.tile_of_columns(task, i_t, W), s.dvs.index(W))
+                    tma_store(s.desc_dv, work.columns(task, i_t, W, 1), s.dvs.index(W))
                 s.products.release(at_p)
                 at_p = s.products.after(at_p)
                 if WHOLE:
@@ -429,8 +422,8 @@ def hopper_gradient_kernel(
         K, V               dk and dv              dq
         64, 64             200,432     48,  60
         64, 128            174,296     60, 112
-        128, 64            224,240     36,  76
-        128, 64, pairs     224,984    164, 216    204,440    60, 64
+        128, 64            224,240     36,  60
+        128, 64, pairs     224,984    184, 236    204,440    60, 64
         128, 128           231,640     60, 112
 
     A value partition multiplies its own columns of the published dS at once: it has written them. `key_partition` waits
@@ -528,7 +521,9 @@ class Config(NamedTuple):
 
 
 # By rows and columns of the state of a head, heads of a task, and whether the sweep goes back in time. One program to a
-# multiprocessor at D 64 too: with the registers of half of one ptxas puts a wait after every product (C7512).
+# multiprocessor at D 64 too: with the registers of half of one, or with 136 for the keys of pairs of heads, ptxas puts
+# a wait after every product (C7512). K 64, V 128 takes 0.317 ms at B4 T4096 H64, and as K = V = 128 it took 0.366
+# (H200).
 CONFIGS = {
     (64, 64, 1, True): Config(4, 4, 240, 200, 32, 168),
     (64, 128, 1, True): Config(2, 2, 176, 128, 32, 128),
@@ -548,7 +543,7 @@ def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, cu_seqlens: t
 
 
 @launcher
-def launch_gradients(tensors, setting: Setting, share: int):
+def launch_gradients(tensors, setting: Setting):
     q, k, v, do, dk, dv, g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
     BK, BV = padded(K, V)
@@ -560,7 +555,8 @@ def launch_gradients(tensors, setting: Setting, share: int):
         *(descriptor(t, BK, cu_seqlens) for t in (q, k)), *(descriptor(t, BS.value, cu_seqlens) for t in (v, do)),
         descriptor(dk, BK, cu_seqlens), None if dv is None else descriptor(dv, BS.value, cu_seqlens),
         g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, relay, flags,
-        scale, tasks, count_sequences(B, cu_seqlens), T, segment or 0, share, count_blocks(B, T, BA, cu_seqlens),
+        scale, tasks, count_sequences(B, cu_seqlens), T, segment or 0,
+        chunks_to_a_program(relay, tasks, programs, T), count_blocks(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
@@ -595,7 +591,7 @@ def sweep(operands: Operands, do: torch.Tensor, setting: Setting):
         # the same with the roles of keys and queries exchanged, and those of v and do
         q, k, v, do = k, q, do, v
     tasks, programs = count_work(q, v, setting, cu_seqlens)
-    share, *handed_over = relay(operands, setting, tasks, (programs, 1), 128 * 128)
+    handed_over = relay_buffers(operands, setting, tasks, (programs, 1), 128 * 128)
     tensors = q, k, v, do, dk, dv, g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, *handed_over
-    launch_gradients(tensors, setting, share)
+    launch_gradients(tensors, setting)
     return dk, dv, z, y, s_ds

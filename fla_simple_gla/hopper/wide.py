@@ -58,6 +58,7 @@ from .common import (
     aggregate,
     as_tuple,
     barriers,
+    chunks_to_a_program,
     consumer_start,
     decay_of_pairs,
     descriptor,
@@ -66,7 +67,7 @@ from .common import (
     gate_partition,
     prefetch,
     producer_start,
-    relay,
+    relay_buffers,
     ring,
     row_sum_partition,
     store_sum,
@@ -169,7 +170,7 @@ def load_columns(s, desc, tiles, ring, at, task, i_t):
     ring.acquire(at)
     mbarrier.expect(bar, C * BV * 2)
     for w in gl.static_range(2):
-        coordinates = s.work.tile(task, task.end, task.i_h // s.GV, i_t, gl.program_id(1) * BV + w * BS)
+        coordinates = s.work.columns(task, i_t, gl.program_id(1) * 2 + w, s.GV)
         tma_load(desc, coordinates, bar, tiles.index(at.i * 2 + w))
 
 
@@ -458,7 +459,7 @@ def hopper_wide_sweep_kernel(
     stored and loaded:
 
         K of the role    o                     dq                    dk                     dv
-        192              165,944    32,  32    190,696    36,  36    198,936    64, 100     165,944    36,  36
+        192              165,944    36,  36    190,696    12,  12    198,936    80, 108     165,944    28,  40
         256              198,712   184, 360    223,464    64,  68    231,704   104, 160     198,712    96, 132
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
@@ -545,8 +546,6 @@ CONFIGS = {
     192: Config(2, 200, 88, 24, 128),
     256: Config(2, 216, 56, 24, 128),
 }
-
-
 # Of a chunk, by rows of the state of a program, where no program waits for memory (H200).
 MICROSECONDS = {64: 1.4, 128: 1.7, 192: 2.1, 256: 2.45}
 
@@ -582,7 +581,7 @@ def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, cu_seqlens: t
 
 
 @launcher
-def launch_wide_sweep(tensors, setting: Setting, share: int, part: int):
+def launch_wide_sweep(tensors, setting: Setting, part: int):
     q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
     shape = cut(K, V)
@@ -594,8 +593,8 @@ def launch_wide_sweep(tensors, setting: Setting, share: int, part: int):
         *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x)),
         g, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T,
-        0 if indices is None else state_out.shape[0], segment or 0, share, B * H * T,
-        count_blocks(B, T, BA, cu_seqlens),
+        0 if indices is None else state_out.shape[0], segment or 0,
+        chunks_to_a_program(relay, tasks, programs, T), B * H * T, count_blocks(B, T, BA, cu_seqlens),
         *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
@@ -636,9 +635,9 @@ def sweep(operands: Operands, setting: Setting):
             s_ds = empty(q, 8 * parts, anchors.shape[0], H, dtype=torch.float32)
     tasks, programs = count_work(q, v, setting, cu_seqlens)
     for part in range(shape.parts):
-        share, *handed_over = relay(operands, setting, tasks, (programs, shape.blocks), shape.rows * BV.value)
+        handed_over = relay_buffers(operands, setting, tasks, (programs, shape.blocks), shape.rows * BV.value)
         o = empty(q, B, T, H, V) if part + 1 == shape.parts else None
         others = partial, x_o, y, anchors, s_ds, cu_seqlens, indices
         tensors = q, k, v, o, x, g, state_in, state_out, *others, *handed_over
-        launch_wide_sweep(tensors, setting, share, part)
+        launch_wide_sweep(tensors, setting, part)
     return o, x_o, y, s_ds
