@@ -77,8 +77,8 @@ def sweeps_of(K: int, V: int, dtype: torch.dtype, device: torch.device, sharing:
     from . import wide
 
     shape = wide.cut(K, V)
-    microseconds = wide.MICROSECONDS[shape.rows] * shape.parts
-    return Sweeps(wide.sweep, None, False, float(shape.blocks), microseconds, wide.anchor_size)
+    programs = float(shape.blocks * shape.parts)
+    return Sweeps(wide.sweep, None, False, programs, wide.MICROSECONDS[shape.rows], wide.anchor_size)
 
 
 def sweeps_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Sweeps | None:

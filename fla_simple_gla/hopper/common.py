@@ -51,6 +51,8 @@ from . import CHUNK_TOKENS, is_shared
 # renamed in triton 3.8
 tma_load = getattr(tma, 'async_load', None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, 'async_store', None) or tma.async_copy_shared_to_global
+# renamed in triton 3.7
+thread_barrier = getattr(gl, 'thread_barrier', None) or gl.barrier
 
 C = gl.constexpr(CHUNK_TOKENS)
 BS = gl.constexpr(64)  # columns of V to a warp group

@@ -14,8 +14,12 @@ One kernel makes all four sweeps, in either direction: o, dq, dk and dv, with th
 
 **Rows of the state.** A state partition holds its 64 columns as tensors `[64 of V, PIECE of K]`, the pieces. At K 256
 they are converted for the tensor cores, multiplied and waited for one after the other, as the registers have no room
-for a copy of the whole. Where K is over 256 there are two launches, each for half of it: both o and the state are sums
-over rows of the state. The first leaves its part of o in fp32, and the second adds it.
+for a copy of the whole.
+
+**Parts.** Where K is over 256, a program takes half of the rows: o is a sum over rows of the state, and P one over
+columns of q and k. The first of the two programs of a task leaves its part of o in fp32, and after each chunk says how
+many it has left. The second adds them to its own, at the same time where both have a multiprocessor. It waits for the
+first, which never waits for it, and the GPU starts all first ones before the second ones: none waits forever.
 
 **dg** (`_gates.py`). The sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give. As in
 the plain sweeps, w is the whole of q . dq, and y the part of k . dk that comes from pairs inside a chunk: to sum the
@@ -40,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .._blocks import count_blocks, count_sequences, first_block, is_sequence
 from .._launch import launcher
 from .._layout import cdiv, multiprocessors, sizes, strides
-from .._passes import empty
+from .._passes import empty, zeros
 from .._sweeps import Operands, Setting, count_swept
 from .._triton import kernel_name
 from .common import (
@@ -71,6 +75,7 @@ from .common import (
     ring,
     row_sum_partition,
     store_sum,
+    thread_barrier,
     tma_load,
     tma_store,
     to_fragments,
@@ -89,13 +94,23 @@ class Cut:
     PIECES: gl.constexpr  # of the state of a state partition
     PIECE: gl.constexpr  # rows of K to a piece
     BLOCKS: gl.constexpr  # of 128 columns of V
-    PARTS: gl.constexpr  # launches, each for as many rows of K as the pieces have
-    PART: gl.constexpr  # which of them this is
+    PARTS: gl.constexpr  # one or two, each of as many rows of K as the pieces have
+
+    @gluon.jit
+    def first_row(self):
+        """Of this program's part."""
+        if self.PARTS == 1:
+            return 0
+        else:
+            return gl.program_id(2) * (self.PIECES * self.PIECE)
 
     @gluon.jit
     def part(self):
         """The number of this program's rows and columns among all of a state."""
-        return gl.program_id(1) * self.PARTS + self.PART
+        if self.PARTS == 1:
+            return gl.program_id(1)
+        else:
+            return gl.program_id(1) * self.PARTS + gl.program_id(2)
 
 
 @aggregate
@@ -107,6 +122,7 @@ class Sweep:
     state_in: States
     state_out: States
     partial: Pointer
+    progress: Pointer
     anchors: Pointer
     s_ds: Pointer
     anchor_blocks: Number
@@ -131,6 +147,7 @@ class Sweep:
     GQ: gl.constexpr
     GV: gl.constexpr
     BA: gl.constexpr
+    STAGES: gl.constexpr
     REVERSE: gl.constexpr
     X: gl.constexpr
 
@@ -145,10 +162,32 @@ class Sweep:
 
     @gluon.jit
     def partial_tile(self, task, i_t, W: gl.constexpr):
-        """Where the part of a tile of o that an earlier launch has left begins, `[BS, C]`."""
+        """Where the tile of o begins that the first part leaves to the second."""
         i = first_block(self.work.cu_seqlens, task.i_n, task.bos, self.work.T, C) + (task.first - task.bos + i_t) // C
         i = (i.to(gl.int64) * self.work.H + task.i_h) * self.cut.BLOCKS + gl.program_id(1)
         return self.partial + (i * 2 + W) * (BS * C)
+
+    @gluon.jit
+    def chunks_left(self):
+        """Where it stands of how many chunks the first part has left its o."""
+        p = self.progress + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+        return p.to(gl.int64, bitcast=True)
+
+    @gluon.jit
+    def tell(self, n):
+        """What this partition knows: the first part has left its o of n chunks."""
+        gl.inline_asm_elementwise(
+            'st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;', '=r,l,r', [self.chunks_left(), n],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @gluon.jit
+    def wait_for(self, n):
+        """Wait until the first part has left its o of n chunks."""
+        gl.inline_asm_elementwise(
+            '{ .reg .pred p; wait: ld.acquire.gpu.global.b32 $0, [$1]; setp.lt.s32 p, $0, $2; @p bra wait; }',
+            '=r,l,r', [self.chunks_left(), n], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -159,7 +198,7 @@ def load_pieces(s, desc, tiles, ring, at, task, i_t):
     ring.acquire(at)
     mbarrier.expect(bar, C * c.PIECES * c.PIECE * 2)
     for p in gl.static_range(c.PIECES):
-        coordinates = s.work.tile(task, task.end, task.i_h // s.GQ, i_t, (c.PART * c.PIECES + p) * c.PIECE)
+        coordinates = s.work.tile(task, task.end, task.i_h // s.GQ, i_t, c.first_row() + p * c.PIECE)
         tma_load(desc, coordinates, bar, tiles.index(at.i * c.PIECES + p))
 
 
@@ -180,6 +219,7 @@ def load_partition(s):
     c = s.cut
     at = producer_start()
     at_x = producer_start()
+    n = gl.to_tensor(0)
     for j in range(work.start(), work.stop(), work.step()):
         task, first, last = work.take(j)
         for t in range(first, last, C):
@@ -190,11 +230,25 @@ def load_partition(s):
                     prefetch(s.part_anchor(i_a, task.i_h), 2 * c.PIECES * c.PIECE * BV)
             load_pieces(s, s.desc_q, s.qs, s.q, at, task, i_t)
             load_pieces(s, s.desc_k, s.ks, s.k, at, task, i_t)
+            if c.PARTS > 1:
+                n += 1
+                if gl.program_id(2) > 0:
+                    s.wait_for(n)
             load_columns(s, s.desc_v, s.vs, s.v, at, task, i_t)
+            if c.PARTS > 1:
+                if gl.program_id(2) == 0:
+                    # both states have released k of that chunk, after they left their part of o
+                    s.tell(n - s.STAGES)
             if s.X:
                 load_columns(s, s.desc_x, s.xs, s.x, at_x, task, i_t)
                 at_x = s.x.after(at_x)
             at = s.q.after(at)
+    if c.PARTS > 1:
+        if gl.program_id(2) == 0:
+            for i in gl.static_range(1, s.STAGES + 1):
+                s.k.acquire(at)
+                s.tell(n - s.STAGES + i)
+                at = s.k.after(at)
 
 
 @gluon.jit
@@ -273,14 +327,41 @@ def cross_anchor(p_a, b_s):
 
 
 @gluon.jit
+def leave_partial(p, b_o):
+    b_o = to_fragments(b_o)
+    t, x = fragment_indices(b_o.shape[1])
+    gl.store(p + ((x // 4 * 128 + t) * 4 + x % 4), b_o)
+
+
+@gluon.jit
+def load_partial(p, layout: gl.constexpr):
+    t, x = fragment_indices(C // 2)
+    b_o = gl.load(p + ((x // 4 * 128 + t) * 4 + x % 4))
+    # the inverse of `to_fragments`
+    b_o = b_o.reshape([4, 8, 4, C // 16, 2, 2, 2]).permute((0, 5, 1, 3, 4, 2, 6)).reshape([BS, C])
+    return gl.convert_layout(b_o, layout, assert_trivial=True)
+
+
+@gluon.jit
 def state_partition(s, W: gl.constexpr):
     """Columns W * BS to (W + 1) * BS of the program's part of the state, and of o."""
+    if s.cut.PARTS == 1:
+        sweep_states(s, W, 0)
+    else:
+        if gl.program_id(2) == 0:
+            sweep_states(s, W, 0)
+        else:
+            sweep_states(s, W, 1)
+
+
+@gluon.jit
+def sweep_states(s, W: gl.constexpr, PART: gl.constexpr):
     work = s.work
     c = s.cut
     H: gl.constexpr = work.H
     PIECES: gl.constexpr = c.PIECES
     PIECE: gl.constexpr = c.PIECE
-    LAST: gl.constexpr = c.PART + 1 == c.PARTS  # whether this launch makes the whole of o
+    LAST: gl.constexpr = PART + 1 == c.PARTS  # whether this program makes the whole of o
     dtype: gl.constexpr = s.qs.dtype
     # of the state transposed [BS, PIECE], and of o transposed [BS, C]
     layout_s: gl.constexpr = gl.NVMMADistributedLayout(
@@ -293,7 +374,7 @@ def state_partition(s, W: gl.constexpr):
     of_v = s.gates.from_start if s.REVERSE else s.gates.to_end
     i_v = gl.program_id(1) * BV + W * BS
     o_v = i_v + gl.arange(0, BS, gl.SliceLayout(1, layout_s))
-    o_k = c.PART * PIECES * PIECE + gl.arange(0, PIECE, gl.SliceLayout(0, layout_s))
+    o_k = PART * PIECES * PIECE + gl.arange(0, PIECE, gl.SliceLayout(0, layout_s))
     at = consumer_start()
     at_x = consumer_start()
     at_s = producer_start()
@@ -362,17 +443,19 @@ def state_partition(s, W: gl.constexpr):
             updated = ()
             for p in gl.static_range(PIECES):
                 updated = updated + (warpgroup_mma(b_d, s.ks.index(at.i * PIECES + p), decayed[p], is_async=True),)
+            if PART > 0:
+                # it arrives while the tensor cores are at work
+                b_first = load_partial(s.partial_tile(task, i_t, W), layout_o)
             b_o = warpgroup_mma_wait(PIECES, (b_o,))
             s.v.release(at)
-            b_all = b_o
-            if c.PARTS > 1:
-                o_p = gl.arange(0, BS, gl.SliceLayout(1, layout_o))[:, None] * C
-                p_o = s.partial_tile(task, i_t, W) + o_p + gl.arange(0, C, gl.SliceLayout(0, layout_o))[None, :]
-                if c.PART > 0:
-                    b_all = b_o + gl.load(p_o)
-                else:
-                    gl.store(p_o, b_o)
-            if LAST:
+            if not LAST:
+                leave_partial(s.partial_tile(task, i_t, W), b_o)
+                # one thread releases k, which tells `load_partition` that all have left theirs
+                thread_barrier()
+            else:
+                b_all = b_o
+                if PART > 0:
+                    b_all += b_first
                 tma.store_wait(0)
                 s.os.index(W).permute((1, 0)).store(b_all.to(dtype))
                 fence_async_shared()
@@ -422,14 +505,16 @@ def hopper_wide_sweep_kernel(
     g,  # [B, T, H], any strides, or None
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
-    partial,  # [chunks, H, BLOCKS, 2, BS, C], fp32: o of one part of K, which the next part adds; None if there is one
+    partial,  # [chunks, H, BLOCKS, 2, BS * C], fp32: o of the first of two parts, which the second adds; or None
+    progress,  # [BLOCKS, programs], zeros: of how many chunks the first part has left its o; or None
     x_o,  # [BLOCKS * PARTS, B, H, T]: rows x . o; back in time of what of o comes from the carried state
     y,  # likewise: back in time, rows x . o of what of o comes from pairs inside a chunk
     anchors,  # [anchor blocks + N, H, .]: states before some chunks, left forward, read back in time
     s_ds,  # [8 * BLOCKS * PARTS, anchor blocks + N, H]: back in time, <anchor, state after the chunk>, of each warp
     cu_seqlens,  # [N + 1] or None
     indices,  # [N]: the slots of the sequences' states in a pool; or None
-    relay, flags,  # [BLOCKS, programs, PIECES * PIECE * BV], [BLOCKS, programs, 256]: what programs hand over, or None
+    relay,  # [PARTS, BLOCKS, programs, PIECES * PIECE * BV]: what programs hand over; or None
+    flags,  # [PARTS, BLOCKS, programs, 256]: whether it is there; or None
     scale, tasks, N, T,
     P,  # slots of the pool
     segment,  # tokens
@@ -442,8 +527,7 @@ def hopper_wide_sweep_kernel(
     ROLE: gl.constexpr,
     H: gl.constexpr, GQ: gl.constexpr, GV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BA: gl.constexpr,
     SEGMENTS: gl.constexpr, REVERSE: gl.constexpr, X: gl.constexpr,
-    PIECES: gl.constexpr, PIECE: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
-    STAGES: gl.constexpr,
+    PIECES: gl.constexpr, PIECE: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
     STATE_REGISTERS: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """o of one task after another, in 128 columns of V. Rings, of STAGES buffers where no number is given:
@@ -461,10 +545,12 @@ def hopper_wide_sweep_kernel(
         K of the role    o                     dq                    dk                     dv
         192              165,944    36,  36    190,696    12,  12    198,936    80, 108     165,944    28,  40
         256              198,712   184, 360    223,464    64,  68    231,704   104, 160     198,712    96, 132
+        512              198,728   136, 184    223,480   112, 132    231,720   112, 224     198,728   120, 196
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Nor does it release q and k: both states do after they have waited for P, which was made of them.
     """
+    cut = Cut(K, V, PIECES, PIECE, BLOCKS, PARTS)
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, PIECE], dtype)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
@@ -477,33 +563,33 @@ def hopper_wide_sweep_kernel(
     v = ring(STAGES, 1, 2)
     products = ring(STAGES, 1, 2)
     gates = gate_buffers(STAGES, Ring(barriers(STAGES, 1), products.empty))
-    if PART + 1 == PARTS:
-        os = gl.allocate_shared_memory(dtype, [2, C, BS], square)
-    else:
-        # what is there stands in for what nobody reads
-        os = vs
+    os = gl.allocate_shared_memory(dtype, [2, C, BS], square)
     if X:
         xs = gl.allocate_shared_memory(dtype, [2, C, BS], square)
         x = ring(1, 1, 2)
         partial_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
         row_sums = gl.allocate_shared_memory(gl.float32, [4 if REVERSE else 2, ROWS, C], partial_layout)
         sums = Sums(row_sums, ring(1, 2, 1))
-        first = gl.program_id(1) * PARTS + PART
-        x_o += first.to(gl.int64) * part
+        first = cut.part().to(gl.int64) * part
+        x_o += first
         if REVERSE:
-            y += first.to(gl.int64) * part
+            y += first
     else:
+        # what is there stands in for what nobody reads
         xs = vs
         x = v
         sums = Sums(gates.sums, v)
     fence_async_shared()
 
+    if PARTS > 1 and relay is not None:
+        programs = gl.program_id(2) * (gl.num_programs(0) * gl.num_programs(1))
+        relay += programs.to(gl.int64) * (PIECES * PIECE * BV)
+        flags += programs * 256
     work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, 1, SEGMENTS)
-    cut = Cut(K, V, PIECES, PIECE, BLOCKS, PARTS, PART)
     s = Sweep(
         work, cut, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        partial, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x, qs, ks, vs, ps, os, xs,
-        q, k, v, products, x, gates, sums, GQ, GV, BA, REVERSE, X,
+        partial, progress, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
+        qs, ks, vs, ps, os, xs, q, k, v, products, x, gates, sums, GQ, GV, BA, STAGES, REVERSE, X,
     )  # fmt: skip
     of_g = (work, gates, g, (g_b, g_t, g_h), scale, REVERSE)
     if X:
@@ -574,14 +660,14 @@ def cut(K: int, V: int) -> Shape:
 
 
 def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, cu_seqlens: torch.Tensor | None) -> tuple[int, int]:
-    """The tasks of a launch, and the programs for each block of V."""
+    """The tasks of a launch, and the programs for each block of V and part of K."""
     B, T, H, K, V = sizes(q, v)
     tasks = count_swept(B, T, setting.segment, cu_seqlens) * H
     return tasks, min(tasks, max(multiprocessors(q.device) // cut(K, V).blocks, 1))
 
 
 @launcher
-def launch_wide_sweep(tensors, setting: Setting, part: int):
+def launch_wide_sweep(tensors, setting: Setting):
     q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
     shape = cut(K, V)
@@ -600,11 +686,11 @@ def launch_wide_sweep(tensors, setting: Setting, part: int):
     constants = dict(
         ROLE=role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
         SEGMENTS=segment is not None, REVERSE=reverse, X=x is not None,
-        PIECES=shape.pieces, PIECE=shape.piece, BLOCKS=shape.blocks, PARTS=shape.parts, PART=part, STAGES=config.stages,
+        PIECES=shape.pieces, PIECE=shape.piece, BLOCKS=shape.blocks, PARTS=shape.parts, STAGES=config.stages,
         STATE_REGISTERS=config.state_registers, PRODUCT_REGISTERS=config.product_registers,
         OTHER_REGISTERS=config.other_registers, maxnreg=config.most_registers, num_warps=4,
     )  # fmt: skip
-    return hopper_wide_sweep_kernel, (programs, shape.blocks, 1), args, constants
+    return hopper_wide_sweep_kernel, (programs, shape.blocks, shape.parts), args, constants
 
 
 def anchor_size(K: int, V: int) -> int:
@@ -623,21 +709,20 @@ def sweep(operands: Operands, setting: Setting):
     q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
     B, T, H, K, V = sizes(q, v)
     shape = cut(K, V)
-    partial = x_o = y = s_ds = None
+    tasks, programs = count_work(q, v, setting, cu_seqlens)
+    partial = progress = x_o = y = s_ds = None
     if shape.parts > 1:
         chunks = count_blocks(B, T, C.value, cu_seqlens)
         partial = empty(q, chunks, H, shape.blocks * BV.value, C.value, dtype=torch.float32)
+        progress = zeros(q, shape.blocks, programs, dtype=torch.int32)
     if x is not None:
         parts = shape.blocks * shape.parts
         x_o = empty(q, parts, B, H, T, dtype=torch.float32)
         if setting.reverse:
             y = empty(x_o, *x_o.shape)
             s_ds = empty(q, 8 * parts, anchors.shape[0], H, dtype=torch.float32)
-    tasks, programs = count_work(q, v, setting, cu_seqlens)
-    for part in range(shape.parts):
-        handed_over = relay_buffers(operands, setting, tasks, (programs, shape.blocks), shape.rows * BV.value)
-        o = empty(q, B, T, H, V) if part + 1 == shape.parts else None
-        others = partial, x_o, y, anchors, s_ds, cu_seqlens, indices
-        tensors = q, k, v, o, x, g, state_in, state_out, *others, *handed_over
-        launch_wide_sweep(tensors, setting, part)
+    relay = relay_buffers(operands, setting, tasks, (programs, shape.blocks * shape.parts), shape.rows * BV.value)
+    o = empty(q, B, T, H, V)
+    others = partial, progress, x_o, y, anchors, s_ds, cu_seqlens, indices
+    launch_wide_sweep((q, k, v, o, x, g, state_in, state_out, *others, *relay), setting)
     return o, x_o, y, s_ds
