@@ -23,6 +23,7 @@ from fla_simple_gla.hopper import attention_for, sweeps_for
 
 ALL = Gradients(True, True, True, True, True)
 SEGMENT_TOKENS = 512
+MANY = 34  # times as many heads: more than programs, which then share some
 H = 4  # heads of v
 # K, V and heads of q
 DIMS = ((64, 64, 4), (128, 128, 4), (256, 256, 4))
@@ -63,14 +64,14 @@ def use_no_gpu(arch: int) -> None:
             mock.patch.object(module, 'multiprocessors', lambda device: 132).start()
 
 
-def inputs_of(dims: tuple, dtype: torch.dtype, states: bool = False, packed: bool = False) -> Inputs:
+def inputs_of(dims: tuple, dtype: torch.dtype, states: bool = False, packed: bool = False, times: int = 1) -> Inputs:
     K, V, HK = dims
-    B, T = 1 if packed else 2, 2048
+    B, T, HK, heads = 1 if packed else 2, 2048, HK * times, H * times
     q, k = torch.zeros(2, B, T, HK, K, dtype=dtype)
     bounds = torch.tensor([0, 1000, 1100, T]) if packed else None
     N = len(bounds) - 1 if packed else B
-    v, state = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(N, H, K, V) if states else None
-    return Inputs(q, k, v, torch.zeros(B, T, H), state, bounds)
+    v, state = torch.zeros(B, T, heads, V, dtype=dtype), torch.zeros(N, heads, K, V) if states else None
+    return Inputs(q, k, v, torch.zeros(B, T, heads), state, bounds)
 
 
 def launches_of(run, *arguments) -> list:
@@ -78,8 +79,8 @@ def launches_of(run, *arguments) -> list:
     return dry_run(Pass(run.__wrapped__, arguments, 0, True))
 
 
-def chunk_launches(dims: tuple, dtype: torch.dtype, states: bool, packed: bool) -> list:
-    x = inputs_of(dims, dtype, states, packed)
+def chunk_launches(dims: tuple, dtype: torch.dtype, states: bool, packed: bool, times: int = 1) -> list:
+    x = inputs_of(dims, dtype, states, packed, times)
     K, V, _ = dims
     precision = 'tf32x3' if dtype == torch.float32 else None
     setting = Setting(0.1, SEGMENT_TOKENS if packed else None, precision=precision)
@@ -87,7 +88,7 @@ def chunk_launches(dims: tuple, dtype: torch.dtype, states: bool, packed: bool) 
     found = launches_of(chunk.forward_pass, x, options, sweeps_for(*x[:3]), setting)
     # the states before segments, as many as there may be, and the gradient of the final states
     state = torch.zeros(64, H, K, V) if packed else x.initial_state
-    dht = torch.zeros(3 if packed else 2, H, K, V)
+    dht = torch.zeros(3 if packed else 2, H * times, K, V)
     needs = ALL._replace(initial_state=states)
     return found + launches_of(chunk.backward_pass, (*x, state, None, torch.zeros_like(x.v), dht), needs, setting)
 
@@ -115,6 +116,9 @@ def launches(arch: int) -> list[tuple[str, object]]:
                 if dims in DIMS and (not states or packed):
                     of_map = parallel_launches(dims, dtype, packed)
                     found += [(f'parallel {name}{kind}', launch) for launch in of_map]
+            if dtype == torch.bfloat16 and arch == 90:
+                of_many = chunk_launches(dims, dtype, False, False, MANY)
+                found += [(f'chunk {name} many heads', launch) for launch in of_many]
     return found
 
 

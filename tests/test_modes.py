@@ -109,8 +109,8 @@ GPU_CASES = [
     Case(1000, K=128, V=128, dtype=bf16, gate_dtype=bf16, state_dtype=bf16), Case(3000, K=128, V=128, memory=1000),
 ]  # fmt: skip
 
-# States of every shape in the kernels for Hopper: cut to one program or several, to launches and to pieces; and two
-# heads that share q and k as one task.
+# States of every shape in the kernels for Hopper: cut to one program or several, in columns and in rows, and to pieces;
+# and two heads that share q and k as one task.
 STATE_CASES = [
     *(Case(500, K=K, V=V, H=3, dtype=bf16, seed=2) for K, V in ((64, 128), (128, 64), (40, 96), (96, 40))),
     Case(1000, K=128, V=64, dtype=bf16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990)),

@@ -53,6 +53,9 @@ def test_how_many_segments(monkeypatch):
     assert segments(8, 1024, 8, 64, load=d64) == 1
     # A chunk of wide states takes longer.
     assert segments(4, 4096, 16, 128, load=d128) == 1 and segments(8, 4096, 4, 256, load=d256) == 2
+    # So do states of 512 rows, which two programs hold, for each 128 columns.
+    d512 = Load(8, 64, 2.45)
+    assert segments(8, 4096, 4, 512, load=d512) == 1 and segments(1, 16384, 4, 512, load=d512) == 4
     # Two heads that share q and k are one program; more programs than multiprocessors share the work.
     assert segments(1, 32768, 128, 64, load=pairs) == 2 and segments(1, 4096, 80, 64, load=pairs) == 3
     assert segments(4, 4096, 80, 64, load=pairs) == 1

@@ -585,6 +585,29 @@ def to_fragments(x):
 
 
 @gluon.jit
+def from_fragments(x, layout: gl.constexpr, TURNED: gl.constexpr):
+    """The inverse of `to_fragments`. With TURNED, of a thread's 8 numbers those of the first 8 rows come first: a tile
+    that was transposed 8 x 8 by 8 x 8 is then read as the whole transposed.
+    """
+    n: gl.constexpr = x.shape[1]
+    x = x.reshape([4, 8, 4, n // 8, 2, 2, 2])
+    if TURNED:
+        x = x.permute((0, 4, 1, 3, 5, 2, 6))
+    else:
+        x = x.permute((0, 5, 1, 3, 4, 2, 6))
+    return gl.convert_layout(x.reshape([64, 2 * n]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def fragment_offsets(n: gl.constexpr, SIZE: gl.constexpr):
+    """Where the numbers of `[128, n]` lie in memory so that a warp moves 512 bytes side by side: SIZE numbers of a
+    thread, which are 16 bytes, then as many of the next thread, and so on.
+    """
+    t, x = fragment_indices(n)
+    return (x // SIZE * 128 + t) * SIZE + x % SIZE
+
+
+@gluon.jit
 def store_sum(s_ds, x, W, i_a, i_h, anchors, H: gl.constexpr):
     """To s_ds, the sum of x over each warp of warp group W (in `wide.py` counted over all parts): none waits."""
     x = gl.sum(x.reshape([4, x.shape[0] // 4]), 1)

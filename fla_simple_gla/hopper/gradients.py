@@ -65,6 +65,8 @@ from .common import (
     decay_of_pairs,
     descriptor,
     fragment_indices,
+    fragment_offsets,
+    from_fragments,
     gate_buffers,
     gate_partition,
     padded,
@@ -123,16 +125,6 @@ class Gradients:
         """Where the anchor of a head begins."""
         SIZE: gl.constexpr = self.qs.shape[2] * (self.NW // self.work.HEADS) * BS
         return self.anchors + (i_a.to(gl.int64) * self.work.H + i_h) * SIZE
-
-
-@gluon.jit
-def from_fragments(x, layout: gl.constexpr):
-    """The inverse of `to_fragments`, but that of a thread's 8 numbers those of the first 8 rows come first. So a tile
-    that was transposed 8 x 8 by 8 x 8 is read as the whole transposed.
-    """
-    n: gl.constexpr = x.shape[1]
-    x = x.reshape([4, 8, 4, n // 8, 2, 2, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([64, 2 * n])
-    return gl.convert_layout(x, layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -288,7 +280,7 @@ def value_partition(s, W: gl.constexpr):
             if s.DG:
                 wanted, i_a = work.anchor(task, i_t // C, s.anchor_blocks, s.BA)
                 if HEADS == 2:
-                    p_a = s.anchor_of(i_a, i_h) + ((o_x // 8 * 128 + o_r) * 8 + o_x % 8)
+                    p_a = s.anchor_of(i_a, i_h) + fragment_offsets(BK // 2, 8)
                 else:
                     # `hopper_sweep_kernel` held the state the other way round
                     tile_16 = (W * (BS // 16) + o_r // 32) * (BK // 16) + o_x // 8
@@ -316,7 +308,7 @@ def value_partition(s, W: gl.constexpr):
                     if HEADS == 2:
                         crossing = gl.sum(b_a.to(gl.float32) * to_fragments(b_s), 1)
                     else:
-                        crossing = gl.sum(from_fragments(b_a, layout_s).to(gl.float32) * b_s, 1)
+                        crossing = gl.sum(from_fragments(b_a, layout_s, True).to(gl.float32) * b_s, 1)
                     store_sum(s.s_ds, crossing, 0 if HEADS == 2 else W, i_a, i_h, s.anchor_blocks + work.N, H)
             b_v = s.dos.index(at.i * NW + W).permute((1, 0)).load(operand_s)
             s.gates.ring.wait(at)
@@ -416,8 +408,9 @@ def hopper_gradient_kernel(
         state          1: dS, in 16 bits          each value, its columns     key
         sums           1: partial row sums        each value                  row sums
 
-    As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
-    stored and loaded, with dg:
+    As compiled by triton 3.6, with no state given, no packed sequences and no head that programs share, with dg:
+    bytes of shared memory, and bytes of spills, stored and loaded. `python -m benchmarks kernels` has the others, some
+    of which spill more.
 
         K, V               dk and dv              dq
         64, 64             200,432     48,  60

@@ -336,8 +336,9 @@ def hopper_sweep_kernel(
         x              X_STAGES: x                load, by TMA                each state, products
         sums           SUMS: partial row sums     each state, products        row sums
 
-    As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
-    stored and loaded:
+    As compiled by triton 3.6, with no state given, no packed sequences and no head that programs share:
+    bytes of shared memory, and bytes of spills, stored and loaded. `python -m benchmarks kernels` has the others, some
+    of which spill more.
 
         K, V of the roles    o                    dq with x
         64, 64               109,268    28,  32   108,608   128, 168    two programs to a multiprocessor

@@ -1,8 +1,8 @@
 """The sweeps on Hopper where K or V is over 128, up to 512. `sweep.py` and `gradients.py` have those of smaller dims.
 
 The registers of a multiprocessor hold a state of 256 x 128 numbers. So a program takes 128 columns of V. Programs that
-run at the same time take the other columns, and find q and k in the L2 cache: the grid is [programs, blocks of V]. Its
-partitions:
+run at the same time take the other columns, and find q and k in the L2 cache: the grid is [programs, blocks of V, parts
+of K]. Its partitions:
 
     load_partition      1 warp          brings tiles of the next chunks to shared memory (TMA), anchors to the L2 cache
     gate_partition      1 warp          sums the gates of the next chunks, and makes the decays
@@ -17,9 +17,9 @@ they are converted for the tensor cores, multiplied and waited for one after the
 for a copy of the whole.
 
 **Parts.** Where K is over 256, a program takes half of the rows: o is a sum over rows of the state, and P one over
-columns of q and k. The first of the two programs of a task leaves its part of o in fp32, and after each chunk says how
-many it has left. The second adds them to its own, at the same time where both have a multiprocessor. It waits for the
-first, which never waits for it, and the GPU starts all first ones before the second ones: none waits forever.
+columns of q and k. The first of the two programs of a task writes its part of o in fp32, and after each chunk how many
+chunks are done. The second adds that part to its own, while the first goes on, if both have a multiprocessor. It waits
+for the first, and the first never for it. The GPU starts all first ones before any second one: none waits forever.
 
 **dg** (`_gates.py`). The sweep for dq leaves w and anchors, and the one for dk z, y and what the anchors give. As in
 the plain sweeps, w is the whole of q . dq, and y the part of k . dk that comes from pairs inside a chunk: to sum the
@@ -66,7 +66,8 @@ from .common import (
     consumer_start,
     decay_of_pairs,
     descriptor,
-    fragment_indices,
+    fragment_offsets,
+    from_fragments,
     gate_buffers,
     gate_partition,
     prefetch,
@@ -162,31 +163,31 @@ class Sweep:
 
     @gluon.jit
     def partial_tile(self, task, i_t, W: gl.constexpr):
-        """Where the tile of o begins that the first part leaves to the second."""
+        """Where the tile of the first part's o begins."""
         i = first_block(self.work.cu_seqlens, task.i_n, task.bos, self.work.T, C) + (task.first - task.bos + i_t) // C
         i = (i.to(gl.int64) * self.work.H + task.i_h) * self.cut.BLOCKS + gl.program_id(1)
         return self.partial + (i * 2 + W) * (BS * C)
 
     @gluon.jit
-    def chunks_left(self):
-        """Where it stands of how many chunks the first part has left its o."""
+    def done_by_first(self):
+        """The address of the number of chunks of which the first part has written its o."""
         p = self.progress + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
         return p.to(gl.int64, bitcast=True)
 
     @gluon.jit
-    def tell(self, n):
-        """What this partition knows: the first part has left its o of n chunks."""
+    def tell_second(self, n):
+        """The first part has written its o of n chunks, which this partition has waited for."""
         gl.inline_asm_elementwise(
-            'st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;', '=r,l,r', [self.chunks_left(), n],
+            'st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;', '=r,l,r', [self.done_by_first(), n],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
     @gluon.jit
-    def wait_for(self, n):
-        """Wait until the first part has left its o of n chunks."""
+    def wait_for_first(self, n):
+        """Wait until the first part has written its o of n chunks."""
         gl.inline_asm_elementwise(
             '{ .reg .pred p; wait: ld.acquire.gpu.global.b32 $0, [$1]; setp.lt.s32 p, $0, $2; @p bra wait; }',
-            '=r,l,r', [self.chunks_left(), n], dtype=gl.int32, is_pure=False, pack=1,
+            '=r,l,r', [self.done_by_first(), n], dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -233,12 +234,13 @@ def load_partition(s):
             if c.PARTS > 1:
                 n += 1
                 if gl.program_id(2) > 0:
-                    s.wait_for(n)
+                    s.wait_for_first(n)
             load_columns(s, s.desc_v, s.vs, s.v, at, task, i_t)
             if c.PARTS > 1:
                 if gl.program_id(2) == 0:
-                    # both states have released k of that chunk, after they left their part of o
-                    s.tell(n - s.STAGES)
+                    # k was loaded where that of STAGES chunks before was: both states have released it, and they have
+                    # written o before
+                    s.tell_second(n - s.STAGES)
             if s.X:
                 load_columns(s, s.desc_x, s.xs, s.x, at_x, task, i_t)
                 at_x = s.x.after(at_x)
@@ -247,7 +249,7 @@ def load_partition(s):
         if gl.program_id(2) == 0:
             for i in gl.static_range(1, s.STAGES + 1):
                 s.k.acquire(at)
-                s.tell(n - s.STAGES + i)
+                s.tell_second(n - s.STAGES + i)
                 at = s.k.after(at)
 
 
@@ -292,14 +294,12 @@ def leave_anchor(p, b_s):
     # the compiler must not see that the same is converted for the next product, and keep it for that
     b_s = gl.inline_asm_elementwise('mov.b32 $0, $1;', '=f,f', [b_s], dtype=gl.float32, is_pure=False, pack=1)
     b_s = to_fragments(b_s.to(p.dtype.element_ty))
-    t, x = fragment_indices(b_s.shape[1])
-    gl.store(p + ((x // 8 * 128 + t) * 8 + x % 8), b_s)
+    gl.store(p + fragment_offsets(b_s.shape[1], 8), b_s)
 
 
 @gluon.jit
 def load_anchor(p, PIECE: gl.constexpr):
-    t, x = fragment_indices(PIECE // 2)
-    return gl.load(p + ((x // 8 * 128 + t) * 8 + x % 8))
+    return gl.load(p + fragment_offsets(PIECE // 2, 8))
 
 
 @gluon.jit
@@ -329,17 +329,12 @@ def cross_anchor(p_a, b_s):
 @gluon.jit
 def leave_partial(p, b_o):
     b_o = to_fragments(b_o)
-    t, x = fragment_indices(b_o.shape[1])
-    gl.store(p + ((x // 4 * 128 + t) * 4 + x % 4), b_o)
+    gl.store(p + fragment_offsets(b_o.shape[1], 4), b_o)
 
 
 @gluon.jit
 def load_partial(p, layout: gl.constexpr):
-    t, x = fragment_indices(C // 2)
-    b_o = gl.load(p + ((x // 4 * 128 + t) * 4 + x % 4))
-    # the inverse of `to_fragments`
-    b_o = b_o.reshape([4, 8, 4, C // 16, 2, 2, 2]).permute((0, 5, 1, 3, 4, 2, 6)).reshape([BS, C])
-    return gl.convert_layout(b_o, layout, assert_trivial=True)
+    return from_fragments(gl.load(p + fragment_offsets(C // 2, 4)), layout, False)
 
 
 @gluon.jit
@@ -450,7 +445,7 @@ def sweep_states(s, W: gl.constexpr, PART: gl.constexpr):
             s.v.release(at)
             if not LAST:
                 leave_partial(s.partial_tile(task, i_t, W), b_o)
-                # one thread releases k, which tells `load_partition` that all have left theirs
+                # one thread releases k, by which `load_partition` knows that all have written theirs
                 thread_barrier()
             else:
                 b_all = b_o
@@ -506,7 +501,7 @@ def hopper_wide_sweep_kernel(
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     partial,  # [chunks, H, BLOCKS, 2, BS * C], fp32: o of the first of two parts, which the second adds; or None
-    progress,  # [BLOCKS, programs], zeros: of how many chunks the first part has left its o; or None
+    progress,  # [BLOCKS, programs], zeros: the chunks of which the first part has written its o; or None
     x_o,  # [BLOCKS * PARTS, B, H, T]: rows x . o; back in time of what of o comes from the carried state
     y,  # likewise: back in time, rows x . o of what of o comes from pairs inside a chunk
     anchors,  # [anchor blocks + N, H, .]: states before some chunks, left forward, read back in time
@@ -539,8 +534,9 @@ def hopper_wide_sweep_kernel(
         x              1: x                       load, by TMA                both states
         sums           1: partial row sums        both states                 row sums
 
-    As compiled by triton 3.6, with no state given and no packed sequences: bytes of shared memory, and bytes of spills,
-    stored and loaded:
+    As compiled by triton 3.6, with no state given, no packed sequences and no head that programs share:
+    bytes of shared memory, and bytes of spills, stored and loaded. `python -m benchmarks kernels` has the others, some
+    of which spill more.
 
         K of the role    o                     dq                    dk                     dv
         192              165,944    36,  36    190,696    12,  12    198,936    80, 108     165,944    28,  40
@@ -582,9 +578,9 @@ def hopper_wide_sweep_kernel(
     fence_async_shared()
 
     if PARTS > 1 and relay is not None:
-        programs = gl.program_id(2) * (gl.num_programs(0) * gl.num_programs(1))
-        relay += programs.to(gl.int64) * (PIECES * PIECE * BV)
-        flags += programs * 256
+        of_other_part = gl.program_id(2) * (gl.num_programs(0) * gl.num_programs(1))  # programs
+        relay += of_other_part.to(gl.int64) * (PIECES * PIECE * BV)
+        flags += of_other_part * 256
     work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, 1, SEGMENTS)
     s = Sweep(
         work, cut, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
