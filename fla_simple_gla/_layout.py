@@ -1,4 +1,4 @@
-"""How tensors lie in memory: rows that kernels read in place, head groups that are summed, transposed states."""
+"""How tensors lie in memory: rows that kernels read in place, transposed states."""
 
 import functools
 
@@ -87,13 +87,6 @@ def sizes(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int, int]:
 def rows_in_place(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension is contiguous, whatever the others are; else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def sum_heads(dx: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The gradient of x, which several heads read, from a gradient for each of the heads."""
-    if dx is None or dx.shape == x.shape:
-        return dx
-    return dx.unflatten(2, (x.shape[2], -1)).sum(3)
 
 
 def transposed(state: torch.Tensor | None, when: bool = True) -> torch.Tensor | None:

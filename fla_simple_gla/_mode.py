@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._layout import rows_in_place, sum_heads, transposed
+from ._layout import rows_in_place, transposed
 from ._operators import Operators, check_contents, final_state_like, refuse_tangents
 from ._plans import PLAIN, Gradients, Inputs, Plan, needs_operator, plan_for
 from ._pool import in_pool
@@ -22,9 +22,8 @@ class Mode:
 
     - `forward(inputs, plan)` returns `Results`. With `inputs.state_indices` the initial state is a pool, to which the
       final states are written.
-    - `backward(inputs, kept, given, needs, plan)` returns the gradients in the order of `Gradients`, those of q and k
-      for each head of v. `kept` are the states and the gates that the forward has returned, or None; `given` are the
-      gradients of the two results.
+    - `backward(inputs, kept, given, needs, plan)` returns the gradients in the order of `Gradients`. `kept` are the
+      states and the gates that the forward has returned, or None; `given` are the gradients of the two results.
     - `naive(inputs, options)` returns o and the second result, for the CPU.
     - `second_like(inputs)` returns a tensor like the second result, for traces.
     - `count_states(inputs)` returns how many states the forward leaves for the backward, for traces: None if that
@@ -110,14 +109,8 @@ class Mode:
         """
         do, dsecond = given
         do = torch.zeros_like(inputs.v) if do is None else rows_in_place(do)
-        dq, dk, dv, dg, dh0 = self.backward(inputs, kept, (do, dsecond), needs, plan)
-        return (
-            sum_heads(dq, inputs.q) if needs.q else None,
-            sum_heads(dk, inputs.k) if needs.k else None,
-            dv if needs.v else None,
-            dg if needs.g else None,
-            dh0 if needs.initial_state else None,
-        )
+        found = self.backward(inputs, kept, (do, dsecond), needs, plan)
+        return tuple(x if need else None for x, need in zip(found, needs))
 
 
 class ModeFunction(torch.autograd.Function):

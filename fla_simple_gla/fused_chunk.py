@@ -36,6 +36,7 @@ import torch
 
 from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import GateParts, anchor_tokens, chunk_gates, gate_gradient
+from ._heads import sum_heads
 from ._launch import launcher
 from ._layout import (
     cdiv,
@@ -421,7 +422,7 @@ def outputs(
 def gradients(
     inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting
 ) -> Gradients:
-    """The gradients that are needed; q and k get several, one for each head of v or for each two.
+    """The gradients that are needed.
 
     `states` are those that the sequences or their segments start with, the gradients of those that they end with, and
     where the gradients of the initial states go. Each may be None.
@@ -455,17 +456,20 @@ def gradients(
             operands = Operands(do, v, k, gates, transposed(state), x=q if needs.g else None, **common)
             dq, w, y, *_ = run(operands, as_dq)
             del operands
+        dq = sum_heads(dq, q) if needs.q else None
     setting = setting._replace(reverse=True)
     if at_once:
         if needs.k or needs.v or needs.g or needs.initial_state:
             operands = Operands(q, k, v, gates, dstate, dh0, **common)
             dk, dv, z, pairs, s_ds = at_once(operands, do, setting._replace(role='dk_dv'))
             y = pairs if y is None else y
+            dk = sum_heads(dk, k) if needs.k else None
     else:
         if needs.k or needs.g:
             operands = Operands(v, do, q, gates, transposed(dstate), x=k if needs.g else None, **common)
             dk, z, y, s_ds = run(operands, setting._replace(role='dk'))
             del operands
+            dk = sum_heads(dk, k) if needs.k else None
         del common, anchors
         if needs.v or needs.initial_state:
             operands = Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens)

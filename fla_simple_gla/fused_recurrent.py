@@ -35,6 +35,7 @@ import torch
 
 from ._blocks import count_blocks, count_numbers, count_sequences, first_block, is_sequence, sequence_bounds, state_slot
 from ._gates import LOG2E, UNDERFLOW
+from ._heads import sum_heads
 from ._launch import launcher
 from ._layout import cdiv, next_power_of_2, sizes, strides, transposed
 from ._mode import Mode
@@ -361,7 +362,7 @@ def forward_pass(inputs: Inputs, options: Options):
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradients:
-    """The gradients that are needed. Those of q and k are for each head of v; dg is `[NV, B, T, H]`, to be added up."""
+    """The gradients that are needed. dg is `[NV, B, T, H]`, to be added up."""
     q, k, v, g, initial_state, cu_seqlens, _, _, do, dht = tensors
     forward = Setting(options.scale, options.reverse, role='dq')
     adjoint = forward._replace(adjoint=True)
@@ -374,9 +375,11 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options) -> Gradien
     if needs.q or needs.g:
         operands = Operands(do, v, k, g, transposed(initial_state), x=q if needs.g else None, **common)
         dq, w = run_recurrence(operands, forward)
+        dq = sum_heads(dq, q) if needs.q else None
     if needs.k or needs.g:
         operands = Operands(v, do, q, g, transposed(dht), x=k if needs.g else None, w=w, **common)
         dk, dg = run_recurrence(operands, adjoint._replace(role='dk'))
+        dk = sum_heads(dk, k) if needs.k else None
     if needs.initial_state:
         dh0 = empty(initial_state, *initial_state.shape)
     if needs.v or needs.initial_state:

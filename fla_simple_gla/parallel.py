@@ -39,6 +39,7 @@ import torch
 
 from ._blocks import block_bounds, count_blocks, count_sequences, first_block, is_sequence, sequence_bounds
 from ._gates import LOG2E, UNDERFLOW, chunk_gates
+from ._heads import sum_heads
 from ._launch import launcher
 from ._layout import cdiv, is_hopper, load_rows, next_power_of_2, open_rows, sizes, store_rows, strides, use_descriptors
 from ._mode import Mode
@@ -579,7 +580,7 @@ def forward_pass(inputs: Inputs, options: Options, hopper: Callable | None):
 
 @device_pass
 def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper: Callable | None) -> Gradients:
-    """The gradients that are needed. Those of q and k are for each head of v."""
+    """The gradients that are needed."""
     inputs, (*gates, do) = Inputs(*tensors[:8]), tensors[8:]
     q, k, v, g, _, cu_seqlens, *_ = inputs
     gates = sums_of_gates(inputs, hopper, options.scale) if gates[0] is None else Gates(*gates)
@@ -590,9 +591,11 @@ def backward_pass(tensors: tuple, needs: Gradients, options: Options, hopper: Ca
     if needs.q or needs.g:
         operands = Operands(do, v, k, gates, q if needs.g else None, cu_seqlens)
         dq, *_, w, crossing = run(operands, forward._replace(role='dq'))
+        dq = sum_heads(dq, q) if needs.q else None
     if needs.k or needs.g:
         operands = Operands(v, do, q, gates, k if needs.g else None, cu_seqlens)
         dk, *_, z, _ = run(operands, reverse._replace(role='dk'))
+        dk = sum_heads(dk, k) if needs.k else None
     if needs.g:
         dg = gate_gradient(g, w, z, crossing, gates.c.shape[-1], cu_seqlens)
     if needs.v:

@@ -201,11 +201,19 @@ def run(fn, case: Case, inputs: dict | None = None, allow_unused: bool = False) 
 
 
 def reference(case: Case, inputs: dict | None = None) -> dict[str, torch.Tensor]:
-    """The results of naive in fp64. It goes chunk by chunk, and token by token back in time."""
+    """The results of naive in fp64. It goes chunk by chunk, and token by token back in time.
+
+    With dg_gamma comes dg, of the same gate for each token: dg_gamma is its sum.
+    """
+    of_tokens = []
 
     def naive(
-        q, k, v, g=None, initial_state=None, output_final_state=False, state_v_first=False, reverse=False, **options
-    ):
+        q, k, v, g=None, g_gamma=None, initial_state=None, output_final_state=False, state_v_first=False, reverse=False,
+        **options,
+    ):  # fmt: skip
+        if g_gamma is not None:
+            g = g_gamma.expand(v.shape[:3])
+            g.register_hook(of_tokens.append)
         form, options = (
             (naive_recurrent_simple_gla, options | {'reverse': True}) if reverse else (naive_chunk_simple_gla, options)
         )
@@ -216,7 +224,8 @@ def reference(case: Case, inputs: dict | None = None) -> dict[str, torch.Tensor]
     inputs = inputs or make_inputs(case)
     inputs = {name: None if t is None else t.double() for name, t in inputs.items()}
     # Autograd does not see that inputs of length zero are used.
-    return run(naive, case, inputs, allow_unused=True)
+    results = run(naive, case, inputs, allow_unused=True)
+    return results | {'dg': of_tokens[0]} if of_tokens else results
 
 
 def rms_error(x: torch.Tensor, expected: torch.Tensor) -> float:
@@ -227,10 +236,20 @@ def rms_error(x: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def errors(results: dict, expected: dict) -> dict[str, float]:
-    assert results.keys() == expected.keys()
+    """The errors of the results: of dg_gamma such that it is at most that of dg, whose sum it is.
+
+    The terms of the sum may cancel, and then |dg_gamma| says little. If dg is of n tokens and has an error e, the sum's
+    is at most `sqrt(n) |dg| e`.
+    """
+    assert expected.keys() - results.keys() <= {'dg'} and results.keys() <= expected.keys()
     for name, x in results.items():
         assert x.shape == expected[name].shape, name
-    return {name: rms_error(x, expected[name]) for name, x in results.items()}
+    found = {name: rms_error(x, expected[name]) for name, x in results.items()}
+    if 'dg_gamma' in found:
+        dg, sums = expected['dg'], expected['dg_gamma']
+        tokens = dg.shape[0] * dg.shape[1]
+        found['dg_gamma'] *= (sums.norm() / (tokens**0.5 * dg.norm())).item()
+    return found
 
 
 def check(case: Case, results: dict, expected: dict) -> None:

@@ -122,6 +122,21 @@ def test_a_million_tokens(memory_returned):
     assert rms_error(ht.detach(), state) < TOLERANCE[o.dtype][0]
 
 
+def test_gradients_of_shared_heads_are_summed_in_turn(memory_returned):
+    """A backward holds dq or dk of every head, not both: they are summed as soon as they are there."""
+    T, H, K, V = 16384, 16, 128, 64
+    q, k = torch.randn(2, 1, T, 1, K, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
+    v, do = torch.randn(2, 1, T, H, V, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
+    g = torch.full((1, T, H), -0.05, device='cuda', requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, _ = chunk_simple_gla(q, k, v, g)
+    torch.autograd.grad(o, (q, k, v, g), do)
+    of_every_head = T * H * K * v.itemsize
+    # Pairs of heads make half of it; then dv is there too, which is as large as that half.
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * (o.nbytes + of_every_head)
+
+
 def test_no_call_waits_for_the_gpu():
     """Forward and backward do not synchronise, with packed sequences either."""
     case = Case(200, K=64, V=64, dtype=HALF, cu_seqlens=(0, 64, 65, 190))
