@@ -27,7 +27,7 @@ MANY = 34  # times as many heads: more than programs, which then share some
 H = 4  # heads of v
 # K, V and heads of q
 DIMS = ((64, 64, 4), (128, 128, 4), (256, 256, 4))
-HOPPER_DIMS = ((64, 128, 4), (128, 64, 4), (128, 64, 2), (192, 192, 4), (256, 512, 4), (512, 512, 4))
+HOPPER_DIMS = ((64, 128, 4), (128, 64, 4), (128, 64, 1), (192, 192, 4), (256, 512, 4), (512, 512, 4))
 
 
 class NoGpu:

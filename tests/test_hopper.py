@@ -113,6 +113,11 @@ def skip_unless_taken(K: int, V: int) -> None:
         pytest.skip(reason)
 
 
+def gates_of(inputs: dict, of: slice) -> dict:
+    """The gates of some tokens."""
+    return dict(g=None if inputs['g'] is None else inputs['g'][:, of], g_gamma=inputs['g_gamma'])
+
+
 @on_hopper
 @pytest.mark.parametrize('gate', ['g', 'gamma'])
 @pytest.mark.parametrize('K, V, H, HK', STATES)
@@ -126,9 +131,10 @@ def test_an_open_chunk_has_the_bits_of_a_full_pass(K, V, H, HK, gate):
     def rows(of: slice, state: torch.Tensor | None = None, roles=(q, k, v, do)) -> tuple[torch.Tensor, ...]:
         """o, dq and the state after them."""
         q, k, v, do = (x[:, of].detach() for x in roles)
-        gates = dict(g=None if inputs['g'] is None else inputs['g'][:, of], g_gamma=inputs['g_gamma'])
         q.requires_grad_()
-        o, state = fused_chunk_simple_gla(q, k, v, **gates, initial_state=state, output_final_state=True)
+        o, state = fused_chunk_simple_gla(
+            q, k, v, **gates_of(inputs, of), initial_state=state, output_final_state=True
+        )  # fmt: skip
         return o, torch.autograd.grad(o, q, do)[0], state
 
     o, dq, _ = rows(slice(192))
@@ -141,6 +147,38 @@ def test_an_open_chunk_has_the_bits_of_a_full_pass(K, V, H, HK, gate):
         of = slice(128, 128 + tokens)
         assert torch.equal(o[:, of], rows(of, state)[0])
         assert torch.equal(dq[:, of], rows(of, state_of_dq)[1])
+
+
+@on_hopper
+@pytest.mark.parametrize('gate', ['g', 'gamma'])
+@pytest.mark.parametrize('K, V, H, HK', STATES)
+def test_chunks_back_in_time_have_the_bits_of_a_full_pass(K, V, H, HK, gate):
+    """From the gradient of the fp32 state at a chunk's end: dk and dv of this chunk and of those before it."""
+    skip_unless_taken(K, V)
+    case = Case(180, K=K, V=V, H=H, HK=HK, dtype=HALF, gate=gate, initial_state=False, output_final_state=False)
+    inputs = make_inputs(case)
+    q, k, v, do = (inputs[name] for name in ('q', 'k', 'v', 'do'))
+
+    def gradients(of: slice, dstate: torch.Tensor | None = None, roles=(q, k, v, do)) -> tuple[torch.Tensor, ...]:
+        """dk, dv and the gradient of the state before them."""
+        q, k, v, do = (x[:, of].detach() for x in roles)
+        state = torch.zeros(1, H, q.shape[3], v.shape[3], device=DEVICE)
+        leaves = [x.requires_grad_() for x in (k, v, state)]
+        results = fused_chunk_simple_gla(
+            q, k, v, **gates_of(inputs, of), scale=K**-0.5, initial_state=state, output_final_state=True
+        )  # fmt: skip
+        given = [(x, dx) for x, dx in zip(results, (do, dstate)) if dx is not None]
+        return torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given])
+
+    dk, dv, _ = gradients(slice(180))
+    before, after = slice(128), slice(128, 180)
+    dstate = dstate_of_dk = gradients(after)[2]
+    if sweeps_for(q, k, v).gradients is None:
+        # that for dk is a sweep of its own, which rounds q as it adds to the state, in place of do
+        q_of_heads, k_of_heads = (x.repeat_interleave(H // HK, 2) for x in (q, k))
+        dstate_of_dk = gradients(after, roles=(do, v, k_of_heads, q_of_heads))[2].mT
+    assert torch.equal(dv[:, before], gradients(before, dstate)[1])
+    assert torch.equal(dk[:, before], gradients(before, dstate_of_dk)[0])
 
 
 @on_hopper
