@@ -1,6 +1,8 @@
 """The kernels for Hopper: which calls they take, and what keeps calls from them."""
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -113,9 +115,34 @@ def skip_unless_taken(K: int, V: int) -> None:
         pytest.skip(reason)
 
 
-def gates_of(inputs: dict, of: slice) -> dict:
-    """The gates of some tokens."""
-    return dict(g=None if inputs['g'] is None else inputs['g'][:, of], g_gamma=inputs['g_gamma'])
+class Part(NamedTuple):
+    """A call with some tokens, and its gradients."""
+
+    o: torch.Tensor
+    state: torch.Tensor  # after them
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dstate: torch.Tensor | None = None  # the gradient of the state before them, if one was given
+
+
+def call_parts(T: int, K: int, V: int, H: int, HK: int, gate: str) -> tuple[list[torch.Tensor], Callable]:
+    """q, k, v and do of T tokens, and a function that gives some tokens, and others in their roles, to the mode."""
+    skip_unless_taken(K, V)
+    inputs = make_inputs(Case(T, K=K, V=V, H=H, HK=HK, dtype=HALF, gate=gate))
+    all_roles = [inputs[name] for name in ('q', 'k', 'v', 'do')]
+
+    def part(of: slice, state=None, dstate=None, roles=all_roles) -> Part:
+        q, k, v, do = (x[:, of].detach() for x in roles)
+        g = None if inputs['g'] is None else inputs['g'][:, of]
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, state) if x is not None]
+        o, end = fused_chunk_simple_gla(
+            *leaves[:3], g, inputs['g_gamma'], K**-0.5, *leaves[3:], output_final_state=True
+        )
+        outputs, given = ([o], [do]) if dstate is None else ([o, end], [do, dstate])
+        return Part(o.detach(), end.detach(), *torch.autograd.grad(outputs, leaves, given))
+
+    return all_roles, part
 
 
 @on_hopper
@@ -123,30 +150,17 @@ def gates_of(inputs: dict, of: slice) -> dict:
 @pytest.mark.parametrize('K, V, H, HK', STATES)
 def test_an_open_chunk_has_the_bits_of_a_full_pass(K, V, H, HK, gate):
     """From the fp32 state at its start: what stands after a token never touches its row, in o and in dq."""
-    skip_unless_taken(K, V)
-    case = Case(192, K=K, V=V, H=H, HK=HK, dtype=HALF, gate=gate, initial_state=False, output_final_state=False)
-    inputs = make_inputs(case)
-    q, k, v, do = (inputs[name] for name in ('q', 'k', 'v', 'do'))
-
-    def rows(of: slice, state: torch.Tensor | None = None, roles=(q, k, v, do)) -> tuple[torch.Tensor, ...]:
-        """o, dq and the state after them."""
-        q, k, v, do = (x[:, of].detach() for x in roles)
-        q.requires_grad_()
-        o, state = fused_chunk_simple_gla(
-            q, k, v, **gates_of(inputs, of), initial_state=state, output_final_state=True
-        )  # fmt: skip
-        return o, torch.autograd.grad(o, q, do)[0], state
-
-    o, dq, _ = rows(slice(192))
-    state = state_of_dq = rows(slice(128))[2]
+    (q, k, v, do), part = call_parts(192, K, V, H, HK, gate)
+    full = part(slice(192))
+    state = state_of_dq = part(slice(128)).state
     if not sweeps_for(q, k, v).pairs:
         # that sweep rounds k as it adds to the state, in place of v
         k_of_heads = k.repeat_interleave(H // HK, 2)
-        state_of_dq = rows(slice(128), roles=(do, v, k_of_heads, k_of_heads))[2].mT
+        state_of_dq = part(slice(128), roles=(do, v, k_of_heads, k_of_heads)).state.mT
     for tokens in (1, 16, 41, 64):
         of = slice(128, 128 + tokens)
-        assert torch.equal(o[:, of], rows(of, state)[0])
-        assert torch.equal(dq[:, of], rows(of, state_of_dq)[1])
+        assert torch.equal(full.o[:, of], part(of, state).o)
+        assert torch.equal(full.dq[:, of], part(of, state_of_dq).dq)
 
 
 @on_hopper
@@ -154,31 +168,17 @@ def test_an_open_chunk_has_the_bits_of_a_full_pass(K, V, H, HK, gate):
 @pytest.mark.parametrize('K, V, H, HK', STATES)
 def test_chunks_back_in_time_have_the_bits_of_a_full_pass(K, V, H, HK, gate):
     """From the gradient of the fp32 state at a chunk's end: dk and dv of this chunk and of those before it."""
-    skip_unless_taken(K, V)
-    case = Case(180, K=K, V=V, H=H, HK=HK, dtype=HALF, gate=gate, initial_state=False, output_final_state=False)
-    inputs = make_inputs(case)
-    q, k, v, do = (inputs[name] for name in ('q', 'k', 'v', 'do'))
-
-    def gradients(of: slice, dstate: torch.Tensor | None = None, roles=(q, k, v, do)) -> tuple[torch.Tensor, ...]:
-        """dk, dv and the gradient of the state before them."""
-        q, k, v, do = (x[:, of].detach() for x in roles)
-        state = torch.zeros(1, H, q.shape[3], v.shape[3], device=DEVICE)
-        leaves = [x.requires_grad_() for x in (k, v, state)]
-        results = fused_chunk_simple_gla(
-            q, k, v, **gates_of(inputs, of), scale=K**-0.5, initial_state=state, output_final_state=True
-        )  # fmt: skip
-        given = [(x, dx) for x, dx in zip(results, (do, dstate)) if dx is not None]
-        return torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given])
-
-    dk, dv, _ = gradients(slice(180))
+    (q, k, v, do), part = call_parts(180, K, V, H, HK, gate)
+    full = part(slice(180))
     before, after = slice(128), slice(128, 180)
-    dstate = dstate_of_dk = gradients(after)[2]
+    zeros = torch.zeros(1, H, K, V, device=DEVICE)
+    dstate = dstate_of_dk = part(after, zeros).dstate
     if sweeps_for(q, k, v).gradients is None:
         # that for dk is a sweep of its own, which rounds q as it adds to the state, in place of do
         q_of_heads, k_of_heads = (x.repeat_interleave(H // HK, 2) for x in (q, k))
-        dstate_of_dk = gradients(after, roles=(do, v, k_of_heads, q_of_heads))[2].mT
-    assert torch.equal(dv[:, before], gradients(before, dstate)[1])
-    assert torch.equal(dk[:, before], gradients(before, dstate_of_dk)[0])
+        dstate_of_dk = part(after, zeros.mT, roles=(do, v, k_of_heads, q_of_heads)).dstate.mT
+    assert torch.equal(full.dv[:, before], part(before, dstate=dstate).dv)
+    assert torch.equal(full.dk[:, before], part(before, dstate=dstate_of_dk).dk)
 
 
 @on_hopper

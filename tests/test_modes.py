@@ -1,5 +1,7 @@
 """Outputs and gradients of every mode against naive in fp64, for every row of the contract."""
 
+import dataclasses
+
 import pytest
 import torch
 from harness import (
@@ -204,10 +206,22 @@ def test_states_of_all_shapes(mode, case):
     check_against_naive(mode, case)
 
 
+def check_gate_of_tokens(mode, case, inputs, dg_gamma, expected):
+    """The gradient of the same gate, given for each token, and that dg_gamma is its sum."""
+    g = inputs['g_gamma'].expand(inputs['v'].shape[:3]).contiguous()
+    dg = run(MODES[mode], dataclasses.replace(case, gate='g'), inputs | {'g': g, 'g_gamma': None})['dg']
+    assert rms_error(dg, expected) <= TOLERANCE[case.dtype][1]
+    terms = (dg[0, :, 0].numel() * len(dg)) ** 0.5 * dg.double().norm()
+    assert (dg_gamma.double() - dg.double().sum((0, 1))).norm() <= 1e-6 * terms
+
+
 def check_against_naive(mode, case):
     inputs = make_inputs(case)
     results = run(MODES[mode], case, inputs)
-    check(case, results, reference(case, inputs))
+    expected = reference(case, inputs)
+    check(case, results, expected)
+    if case.gate == 'gamma':
+        check_gate_of_tokens(mode, case, inputs, results['dg_gamma'], expected['dg'])
     assert results['o'].dtype == case.dtype
     for name, x in inputs.items():
         if f'd{name}' in results:

@@ -124,17 +124,18 @@ def test_a_million_tokens(memory_returned):
 
 def test_gradients_of_shared_heads_are_summed_in_turn(memory_returned):
     """A backward holds dq or dk of every head, not both: they are summed as soon as they are there."""
-    T, H, K, V = 16384, 16, 128, 64
-    q, k = torch.randn(2, 1, T, 1, K, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
-    v, do = torch.randn(2, 1, T, H, V, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
-    g = torch.full((1, T, H), -0.05, device='cuda', requires_grad=True)
+    B, T, H, K, V = 4, 2048, 80, 128, 64
+    q, k = torch.randn(2, B, T, 1, K, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
+    v, do = torch.randn(2, B, T, H, V, dtype=torch.bfloat16, device='cuda').requires_grad_().unbind()
+    g = torch.full((B, T, H), -0.05, device='cuda', requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     o, _ = chunk_simple_gla(q, k, v, g)
     torch.autograd.grad(o, (q, k, v, g), do)
-    of_every_head = T * H * K * v.itemsize
-    # Pairs of heads make half of it; then dv is there too, which is as large as that half.
-    assert torch.cuda.max_memory_allocated() - before < 1.2 * (o.nbytes + of_every_head)
+    of_every_head = B * T * H * K * v.itemsize
+    # Pairs of heads make half of it; then dv is there too, which is as large as that half. Beside these there are
+    # anchors, a fifth, and numbers for each token and head. With dq and dk at once it would be 1.6 and more.
+    assert torch.cuda.max_memory_allocated() - before < 1.35 * (o.nbytes + of_every_head)
 
 
 def test_no_call_waits_for_the_gpu():
