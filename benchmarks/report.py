@@ -12,6 +12,7 @@ and so on for models, peers, plain, shapes, decode, host, compiled and accuracy;
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import pathlib
@@ -39,6 +40,7 @@ NAMES = {
     'flash attention': 'FlashAttention-2 of PyTorch',
     'nothing': 'PyTorch alone',
 }
+PEERS = {'mamba_ssm': 'mamba_ssm', 'fla chunk': 'fla-core'}  # of `models`
 IN_CHINESE = NAMES | {'cuDNN attention': 'cuDNN 因果注意力'}
 
 
@@ -123,6 +125,20 @@ def headline_table(rows: dict[str, dict], names: dict[str, str], headings: list[
         [names[x], digits(rows[x]['forward_ms']), digits(rows[x]['both_ms']), f'{rows[x]["memory_mib"]:,.0f}']
         for x in shown
     ]
+    return markdown(headings, cells)
+
+
+def layers(headings: list[str], files: Files) -> str:
+    """Forward and backward at the dims of models, beside the peer of each."""
+    results = files['h200/models']
+    cells = []
+    for row in results.find(implementation='chunk'):
+        for other in results.find(model=row['model']):
+            if other['implementation'] in PEERS:
+                cell = [f'{row["model"]}: {dims_label(row)}', digits(row['both_ms']), digits(other['both_ms'])]
+                cell[-1] += f' ({PEERS[other["implementation"]]})'
+                cell.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
+                cells.append(cell + [f'{x["memory_mib"]:,.0f}' for x in (row, other)])
     return markdown(headings, cells)
 
 
@@ -242,15 +258,14 @@ def dims_of(row: dict) -> str | None:
 def models(card: str, files: Files) -> str:
     """The dims of models, beside what others take."""
     results = files[f'{card}/models']
-    peers = {'mamba_ssm': 'mamba_ssm', 'fla chunk': 'fla-core'}
     cells = []
     for row in results.find(implementation='chunk'):
-        others = [x for x in results.find(model=row['model']) if x['implementation'] in peers]
+        others = [x for x in results.find(model=row['model']) if x['implementation'] in PEERS]
         cell = [f'{row["model"]}: {dims_label(row)}']
         for x in ('forward', 'both'):
             ms, limit = row[f'{x}_ms'], row[f'{x}_limit_ms']
             cell += [digits(ms), f'{digits(limit)} ({limit / ms:.0%})']
-            cell.append(''.join(f'{digits(y[f"{x}_ms"])} ({peers[y["implementation"]]})' for y in others))
+            cell.append(''.join(f'{digits(y[f"{x}_ms"])} ({PEERS[y["implementation"]]})' for y in others))
         memory = [f'{y["memory_mib"]:,.0f}' for y in (row, *others)]
         cells.append([*cell, ' / '.join(memory), f'{row["error"]:.1e}'])
     headings = ['model', 'forward', 'limit', 'peer', 'forward + backward', 'limit', 'peer', 'MiB / peer', 'error']
@@ -269,6 +284,8 @@ def source(results: Results) -> str:
 TABLES: dict[str, Callable[[Files], str]] = {
     'headline': headline,
     'headline-zh': headline_in_chinese,
+    'layers': functools.partial(layers, ['one H200, ms', 'here', 'peer', 'times as fast', 'memory added, MiB', 'peer']),
+    'layers-zh': functools.partial(layers, ['单张 H200，毫秒', '本库', '对照', '倍数', '额外显存，MiB', '对照']),
     'accuracy': accuracy,
 }
 for _card in CARDS:

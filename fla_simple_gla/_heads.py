@@ -13,8 +13,9 @@ from ._triton import jit, kernel_name, tl
 
 # Numbers of the sum to a program. A thread has 8 of them: in 16 bits, one load of 16 bytes for each head.
 NUMBERS = 1024
-# Heads to a turn of the loop, so that a thread has several loads on their way (4 to 8 of them, in what triton 3.6 makes
-# of it for Hopper).
+# Heads to a turn of the loop, so that a thread has several loads on their way. Microseconds for K 128 in bf16 on one
+# H200, at 16,384 tokens of 40 and of 8 heads: 42 and 7 with 4 or 8 heads to a turn, 47 and 12 with 16. torch.sum takes
+# 45 and 12. Programs of 512 numbers are as fast, those of 2048 take 45 and 7, those of 4096 45 and 8.
 UNROLL = 8
 
 

@@ -123,6 +123,8 @@ def test_the_table_of_models():
     files = report.Files({'h200/models': results_of('models', ours, theirs)})
     expected = '| one: B1 T2 H4 HK1 K16 V8 | 0.100 | 0.050 (50%) | 0.300 (mamba_ssm) | 2.00 | 0.500 (25%) | '
     assert expected + '5.00 (mamba_ssm) | 1,234 / 2,000 | 3.0e-03 |' in report.TABLES['models-h200'](files)
+    expected = '| one: B1 T2 H4 HK1 K16 V8 | 2.00 | 5.00 (mamba_ssm) | 2.5 | 1,234 | 2,000 |'
+    assert expected in report.TABLES['layers'](files) and expected in report.TABLES['layers-zh'](files)
 
 
 def test_the_limits_of_a_model():
