@@ -114,7 +114,7 @@ GPU_CASES = [
 # States of every shape in the kernels for Hopper: cut to one program or several, in columns and in rows, and to pieces;
 # and two heads that share q and k as one task.
 STATE_CASES = [
-    # So many heads that the error of dg is that of the mean: over three heads it is 2e-3 to 8e-3, as the inputs come.
+    # So many heads that the error of dg is a mean: over three it is up to 9e-3, as the inputs come.
     *(Case(500, K=K, V=V, H=51, dtype=bf16) for K, V in ((64, 128), (128, 64), (40, 96), (96, 40))),
     Case(1000, K=128, V=64, dtype=bf16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990)),
     Case(1000, K=64, V=128, dtype=fp16, cu_seqlens=(0, 0, 64, 65, 65, 700, 990), state_v_first=True),
@@ -211,12 +211,11 @@ def check_gate_of_tokens(mode, case, inputs, dg_gamma, expected):
     """The gradient of the same gate, given for each token, and that dg_gamma is its sum."""
     g = inputs['g_gamma'].expand(inputs['v'].shape[:3]).contiguous()
     dg = run(MODES[mode], dataclasses.replace(case, gate='g'), inputs | {'g': g, 'g_gamma': None})['dg']
-    tolerance, tokens = TOLERANCE[case.dtype][1], dg[..., 0].numel()
-    assert rms_error(dg, expected) <= tolerance
-    # The two round their decays differently. The products of a token are rounded for themselves, but the decays of many
-    # tokens have one error in common. One token left out would differ by tokens ** -0.5 of the norm.
-    tolerance += 1e-6 * tokens**0.5
-    assert (dg_gamma.double() - dg.double().sum((0, 1))).norm() <= tolerance * dg.double().norm()
+    assert rms_error(dg, expected) <= TOLERANCE[case.dtype][1]
+    # The two calls round their decays differently: in fp32, where many tokens have one error in common, and so their
+    # products in the dtype, each for itself. A token left out would make tokens ** -0.5 of the norm.
+    rounding = torch.finfo(case.dtype).eps / 2 + 1e-6 * dg[..., 0].numel() ** 0.5
+    assert (dg_gamma.double() - dg.double().sum((0, 1))).norm() <= rounding * dg.double().norm()
 
 
 def check_against_naive(mode, case):
