@@ -152,7 +152,6 @@ def test_growth_before_anything_is_there():
 
 def test_growth_after_what_has_decayed():
     """A token counts by its own decay up to the end of the segment, not by that of the first token of its chunk."""
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 700, 1, D, device=DEVICE)
     v *= (torch.arange(700, device=DEVICE) == 295)[:, None, None]
     g = torch.zeros(1, 700, 1, device=DEVICE)

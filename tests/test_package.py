@@ -43,8 +43,9 @@ import torch
 
 import fla_simple_gla
 
-q, k, v = (torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3))
-g = torch.nn.functional.logsigmoid(torch.randn(1, 20, 2)).requires_grad_()
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+g = torch.nn.functional.logsigmoid(torch.randn(1, 20, 2, dtype=torch.float64)).requires_grad_()
 o, _ = fla_simple_gla.chunk_simple_gla(q, k, v, g)
 expected, _ = fla_simple_gla.naive_recurrent_simple_gla(q, k, v, g)
 torch.testing.assert_close(o, expected)

@@ -27,6 +27,10 @@ def decorators(function: ast.FunctionDef) -> str:
     return ' '.join(ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+def test_tests_draw_the_same_numbers_in_each_run():
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
 def test_modes_take_few_names_from_each_other():
     for path, tree in trees(PACKAGE):
         for node in ast.walk(tree):

@@ -24,7 +24,8 @@ import torch
 import fla_simple_gla
 from fla_simple_gla._triton import runs_kernels
 
-x = torch.randn(1, 5, 2, 8, requires_grad=True)
+torch.manual_seed(0)
+x = torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True)
 modes = [getattr(fla_simple_gla, name) for name in fla_simple_gla.__all__]
 results = []
 for fn in modes:
@@ -32,13 +33,13 @@ for fn in modes:
     results.append((o, *torch.autograd.grad(o.square().sum(), x)))
 for found in results:
     torch.testing.assert_close(found, results[0])
-pool = torch.zeros(3, 2, 8, 8)
+pool = torch.zeros(3, 2, 8, 8, dtype=torch.float64)
 fla_simple_gla.chunk_simple_gla(*[x.detach()] * 3, initial_state=pool, state_indices=torch.tensor([1]))
 assert pool[1].any() and not pool[[0, 2]].any()
 
 calls = [lambda: runs_kernels(x.to('meta'))]
 if torch.cuda.is_available():
-    calls += [lambda fn=fn: fn(*[x.cuda()] * 3) for fn in modes if 'naive' not in fn.__name__]
+    calls += [lambda fn=fn: fn(*[x.float().cuda()] * 3) for fn in modes if 'naive' not in fn.__name__]
 for call in calls:
     try:
         call()
