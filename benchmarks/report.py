@@ -129,17 +129,23 @@ def headline_table(rows: dict[str, dict], names: dict[str, str], headings: list[
 
 
 def layers(headings: list[str], files: Files) -> str:
-    """Forward and backward at the dims of models, beside the peer of each."""
-    results = files['h200/models']
+    """Forward and backward at the dims of models, beside the peer of each, where there is one."""
     cells = []
-    for row in results.find(implementation='chunk'):
-        for other in results.find(model=row['model']):
-            if other['implementation'] in PEERS:
-                cell = [f'{row["model"]}: {dims_label(row)}', digits(row['both_ms']), digits(other['both_ms'])]
-                cell[-1] += f' ({PEERS[other["implementation"]]})'
-                cell.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
-                cells.append(cell + [f'{x["memory_mib"]:,.0f}' for x in (row, other)])
+    for row, others in models_and_peers(files['h200/models']):
+        for other in others:
+            times = [digits(row['both_ms']), f'{digits(other["both_ms"])} ({PEERS[other["implementation"]]})']
+            times.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
+            memory = [f'{x["memory_mib"]:,.0f}' for x in (row, other)]
+            cells.append([f'{row["model"]}: {dims_label(row)}', *times, *memory])
     return markdown(headings, cells)
+
+
+def models_and_peers(results: Results) -> list[tuple[dict, list[dict]]]:
+    """The rows of this library, each with those of its peers."""
+    return [
+        (row, [x for x in results.find(model=row['model']) if x['implementation'] in PEERS])
+        for row in results.find(implementation='chunk')
+    ]
 
 
 def speed(card: str, files: Files) -> str:
@@ -259,8 +265,7 @@ def models(card: str, files: Files) -> str:
     """The dims of models, beside what others take."""
     results = files[f'{card}/models']
     cells = []
-    for row in results.find(implementation='chunk'):
-        others = [x for x in results.find(model=row['model']) if x['implementation'] in PEERS]
+    for row, others in models_and_peers(results):
         cell = [f'{row["model"]}: {dims_label(row)}']
         for x in ('forward', 'both'):
             ms, limit = row[f'{x}_ms'], row[f'{x}_limit_ms']

@@ -33,8 +33,8 @@ for fn in modes:
     results.append((o, *torch.autograd.grad(o.square().sum(), x)))
 for found in results:
     torch.testing.assert_close(found, results[0])
-pool = torch.zeros(3, 2, 8, 8, dtype=torch.float64)
-fla_simple_gla.chunk_simple_gla(*[x.detach()] * 3, initial_state=pool, state_indices=torch.tensor([1]))
+pool = torch.zeros(3, 2, 8, 8)
+fla_simple_gla.chunk_simple_gla(*[x.detach().float()] * 3, initial_state=pool, state_indices=torch.tensor([1]))
 assert pool[1].any() and not pool[[0, 2]].any()
 
 calls = [lambda: runs_kernels(x.to('meta'))]
