@@ -129,10 +129,10 @@ def headline_table(rows: dict[str, dict], names: dict[str, str], headings: list[
 
 
 def layers(headings: list[str], files: Files) -> str:
-    """Forward and backward at the dims of models, beside the peer of each, where there is one."""
+    """Forward and backward of layers of models, beside the peer of each, without rows that have dims for a name."""
     cells = []
     for row, others in models_and_peers(files['h200/models']):
-        for other in others:
+        for other in others if not row['model'].startswith('K') else []:
             times = [digits(row['both_ms']), f'{digits(other["both_ms"])} ({PEERS[other["implementation"]]})']
             times.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
             memory = [f'{x["memory_mib"]:,.0f}' for x in (row, other)]
