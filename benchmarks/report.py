@@ -132,7 +132,7 @@ def layers(headings: list[str], files: Files) -> str:
     """Forward and backward of layers of models, beside the peer of each, without rows that have dims for a name."""
     cells = []
     for row, others in models_and_peers(files['h200/models']):
-        for other in others if not row['model'].startswith('K') else []:
+        for other in others if not row['model'].startswith('K ') else []:
             times = [digits(row['both_ms']), f'{digits(other["both_ms"])} ({PEERS[other["implementation"]]})']
             times.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
             memory = [f'{x["memory_mib"]:,.0f}' for x in (row, other)]

@@ -120,13 +120,14 @@ def test_the_table_of_models():
     times = dict(forward_limit_ms=0.05, both_limit_ms=0.5, memory_mib=1234.0, error=0.003)
     ours = model | times | dict(implementation='chunk', forward_ms=0.1, both_ms=2.0)
     theirs = model | times | dict(implementation='mamba_ssm', forward_ms=0.3, both_ms=5.0, memory_mib=2000.0)
-    dims = [row | dict(model='K 16, V 8') for row in (ours, theirs)]
-    files = report.Files({'h200/models': results_of('models', ours, theirs, *dims)})
+    others = [row | dict(model=name) for name in ('K 16, V 8', 'Kimi') for row in (ours, theirs)]
+    files = report.Files({'h200/models': results_of('models', ours, theirs, *others)})
     expected = '| one: B1 T2 H4 HK1 K16 V8 | 0.100 | 0.050 (50%) | 0.300 (mamba_ssm) | 2.00 | 0.500 (25%) | '
     assert expected + '5.00 (mamba_ssm) | 1,234 / 2,000 | 3.0e-03 |' in report.TABLES['models-h200'](files)
     expected = '| one: B1 T2 H4 HK1 K16 V8 | 2.00 | 5.00 (mamba_ssm) | 2.5 | 1,234 | 2,000 |'
     assert expected in report.TABLES['layers'](files) and expected in report.TABLES['layers-zh'](files)
     assert 'K 16, V 8:' in report.TABLES['models-h200'](files) and 'K 16, V 8:' not in report.TABLES['layers'](files)
+    assert 'Kimi:' in report.TABLES['layers'](files)
 
 
 def test_the_limits_of_a_model():
