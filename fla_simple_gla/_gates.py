@@ -52,6 +52,7 @@ from ._launch import launcher
 from ._layout import cdiv, next_power_of_2
 from ._passes import empty
 from ._plans import Inputs
+from ._sweeps import Steps
 from ._triton import jit, kernel_name, tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -140,7 +141,8 @@ def chunk_gates(g: torch.Tensor, BT: int, two_parts: bool, cu_seqlens: torch.Ten
 
 @jit(do_not_specialize=['N', 'T', 'segment', 'negligible', 'part', 'blocks'], repr=kernel_name('gate_gradient'))
 def gate_gradient_kernel(
-    g, dg,  # [B, T, H], any strides; [B, T, H]
+    g,  # [B, T, H], any strides
+    dg, dt, ddt,  # [B, T, H], the same strides: with step sizes and what gets their gradient, or None
     w, y, z,  # [NW, B, H, T], [NY, B, H, T], [NW, B, H, T]: parts, to be added up
     s_ds,  # [NS, blocks + N, H]: <S before, dS after> the last chunk of anchor blocks; the last but one of sequences
     cu_seqlens,  # [N + 1] or None
@@ -148,6 +150,7 @@ def gate_gradient_kernel(
     segment,  # tokens to a segment of the sweeps, or 0
     negligible,  # nothing crosses a chunk whose decay is below this, in units of log 2
     g_b, g_t, g_h,
+    dg_b, dg_t, dg_h,
     part,  # B * H * T
     blocks,  # anchor blocks
     NW: tl.constexpr,
@@ -192,12 +195,19 @@ def gate_gradient_kernel(
     p_g = g + i_b * g_b + o_t * g_t + o_h[None, None, :].to(tl.int64) * g_h
     b_g = tl.load(p_g, mask=read, other=0.0).to(tl.float32) * LOG2E
     b_w = tl.load(w + o_w, mask=read, other=0.0)
+    b_y = tl.zeros_like(b_w)
     b_z = tl.load(z + o_w, mask=read, other=0.0)
     for i in tl.static_range(1, NW):
         b_w += tl.load(w + i * part + o_w, mask=read, other=0.0)
         b_z += tl.load(z + i * part + o_w, mask=read, other=0.0)
     for i in tl.static_range(NY):
-        b_w -= tl.load(y + i * part + o_w, mask=read, other=0.0)
+        b_y += tl.load(y + i * part + o_w, mask=read, other=0.0)
+    b_w -= b_y
+    o_g = i_b * dg_b + o_t * dg_t + o_h[None, None, :].to(tl.int64) * dg_h
+    if ddt is not None:
+        # v . dv is the step size times its gradient. Where it is zero its logarithm is none, and so is the gradient.
+        b_dt = tl.load(dt + o_g, mask=read, other=0.0)
+        tl.store(ddt + o_g, tl.where(b_dt == 0.0, 0.0, (b_y + b_z) / b_dt), mask=mask)
 
     # [BH]
     b_last = tl.zeros([BH], tl.float32)
@@ -249,7 +259,7 @@ def gate_gradient_kernel(
     b_dg = crossing[:, None, :] + tl.cumsum(b_w, 1, reverse=True) + tl.cumsum(b_z, 1) - b_z
     # nothing crosses a reset: the sums there are nothing but rounding
     b_dg = tl.where(b_g < UNDERFLOW, 0.0, b_dg)
-    tl.store(dg + (i_b * T + o_t) * H + o_h[None, None, :], b_dg, mask=mask)
+    tl.store(dg + o_g, b_dg, mask=mask)
 
 
 class GateParts(NamedTuple):
@@ -263,14 +273,17 @@ class GateParts(NamedTuple):
 
 @launcher
 def launch_gate_gradient(tensors, setting, BT, eps, state):
-    g, _, w, y, _, s_ds, cu_seqlens = tensors
+    g, dg, _, _, w, y, _, s_ds, cu_seqlens = tensors
     BA, segment = setting.BA, setting.segment or 0
     B, T, H = g.shape
     blocks = count_blocks(B, T, BA, cu_seqlens)
     BH = min(4, next_power_of_2(H))
     # relative to <S, dS>, the noise of <S, dS> - sum z is about an eighth of the dtype's eps
     negligible = math.log2(eps) - 3
-    args = *tensors, count_sequences(B, cu_seqlens), T, segment, negligible, *g.stride(), B * H * T, blocks
+    args = (
+        *tensors, count_sequences(B, cu_seqlens), T, segment, negligible,
+        *g.stride(), *dg.stride(), B * H * T, blocks,
+    )  # fmt: skip
     NC = next_power_of_2(BA // BT)
     constants = dict(
         NW=w.shape[0], NY=y.shape[0], NS=s_ds.shape[0], H=H, BA=BA, BT=BT, NC=NC, BH=BH, STATE=state, num_warps=4
@@ -278,12 +291,16 @@ def launch_gate_gradient(tensors, setting, BT, eps, state):
     return gate_gradient_kernel, (blocks, cdiv(H, BH), 1), args, constants
 
 
-def gate_gradient(parts: GateParts, inputs: Inputs, setting, BT: int) -> torch.Tensor:
-    """`dg [B, T, H]`, in g's dtype, from what the sweeps with this setting, in chunks of BT tokens, left."""
+def gate_gradient(parts: GateParts, inputs: Inputs, setting, BT: int, steps: Steps | None = None) -> torch.Tensor:
+    """`dg [B, T, H]`, in g's dtype, from what the sweeps with this setting, in chunks of BT tokens, left. It leaves the
+    gradient of step sizes too.
+    """
     g, cu_seqlens = inputs.g, inputs.cu_seqlens
     B, T, H = g.shape
-    dg = empty(g, B, T, H)
+    # with step sizes as these lie
+    dg = empty(g, B, T, H) if steps is None else empty(g, B, H, T).transpose(1, 2)
     if count_blocks(B, T, setting.BA, cu_seqlens):
         eps = torch.finfo(inputs.q.dtype).eps
-        launch_gate_gradient((g, dg, *parts, cu_seqlens), setting, BT, eps, inputs.initial_state is not None)
+        dt, ddt = (None, None) if steps is None else (steps.dt, steps.ddt)
+        launch_gate_gradient((g, dg, dt, ddt, *parts, cu_seqlens), setting, BT, eps, inputs.initial_state is not None)
     return dg

@@ -9,6 +9,17 @@ from ._passes import empty
 from ._plans import Inputs, Options
 
 
+class Steps(NamedTuple):
+    """What Mamba-2 adds to the operator (`adapters/_scan.py`). The values are x, each token's times its step size, and
+    `D x` is added to o. The sweeps of pairs of heads for Hopper take it, and read x itself.
+    """
+
+    dt: torch.Tensor  # [B, T, H] in fp32, not negative, and with the strides of the gates: those of one head contiguous
+    D: torch.Tensor | None = None  # [H, V], any strides; for its gradient the same in all columns
+    ddt: torch.Tensor | None = None  # like dt: gets its gradient, where that of the gates is needed
+    dD: torch.Tensor | None = None  # [4, 2, sequences or segments, H] or more, zeros: gets sums of v . do
+
+
 class Operands(NamedTuple):
     """What a sweep reads, q, k, v and x in their roles, and where it leaves states."""
 
@@ -22,6 +33,7 @@ class Operands(NamedTuple):
     anchors: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     indices: torch.Tensor | None = None
+    steps: Steps | None = None
 
 
 class Setting(NamedTuple):

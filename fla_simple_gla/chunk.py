@@ -55,7 +55,7 @@ from ._layout import (
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._sweeps import Operands, Setting, final_states
+from ._sweeps import Operands, Setting, Steps, final_states
 from ._triton import jit, kernel_name, tl
 from ._validation import Call
 from .fused_chunk import gradients, naive, outputs, sweep_config, sweep_gates
@@ -69,6 +69,7 @@ def summary_kernel(
     k,  # [B, T, H // GK, K], any strides with contiguous rows
     v,  # [B, T, H, V], likewise
     c,  # [1 or 2, chunks, H, BT]: running sums of the gates, or None
+    dt,  # [B, T, H], any strides: factors of v; or None
     states,  # [segments, H, K, V]
     decays,  # [segments, H]: -1 where no state is left; or None, if there are neither gates nor packed sequences
     cu_seqlens,  # [N + 1] or None
@@ -78,6 +79,7 @@ def summary_kernel(
     reverse,  # 1 back in time, else 0
     k_b, k_t, k_h,
     v_b, v_t, v_h,
+    dt_b, dt_t, dt_h,
     c_part,  # chunks * H * BT
     H: tl.constexpr,
     GK: tl.constexpr,
@@ -114,6 +116,8 @@ def summary_kernel(
         c += (first_chunk.to(tl.int64) * H + i_h) * BT
 
     r = tl.arange(0, BT)
+    if dt is not None:
+        dt += i_b * dt_b + i_f * dt_t + i_h * dt_h
     start = 0
     if c is not None:
         # The first chunk, in the order of the loop below, with a token of which anything is left when the loop ends.
@@ -151,7 +155,11 @@ def summary_kernel(
                 f_end = tl.load(p_c + c_part + BT - 1)
                 b_c += tl.where(reverse != 0, b_f, f_end - b_f)
                 c_end += f_end
-            b_v = (b_v * (tl.exp2(b_c) * scale)[:, None]).to(b_v.dtype)
+            of_v = tl.exp2(b_c) * scale
+            if dt is not None:
+                o_t = i_c * BT + r
+                of_v *= tl.load(dt + o_t.to(tl.int64) * dt_t, mask=o_t < L, other=0.0)
+            b_v = (b_v * of_v[:, None]).to(b_v.dtype)
             c_end = tl.exp2(c_end)
             b_s *= c_end
             decay *= c_end
@@ -237,7 +245,7 @@ def combine_kernel(
 
 @launcher
 def launch_summary(tensors, setting):
-    k, v, c, states, _, cu_seqlens = tensors
+    k, v, c, dt, states, _, cu_seqlens = tensors
     B, T, HK, K = k.shape
     H, V = v.shape[2:]
     BT = sweep_config(K, V, k.dtype, k.device).BT if c is None else c.shape[-1]
@@ -245,7 +253,7 @@ def launch_summary(tensors, setting):
     args = (
         *tensors,
         setting.scale, count_sequences(B, cu_seqlens), T, setting.segment, int(setting.reverse),
-        *strides(k, 3), *strides(v, 3), 0 if c is None else c[0].numel(),
+        *strides(k, 3), *strides(v, 3), *strides(dt, 3), 0 if c is None else c[0].numel(),
     )  # fmt: skip
     constants = dict(
         H=H, GK=H // HK, K=K, V=V, BT=BT, BK=max(16, next_power_of_2(K)), BV=BV,
@@ -270,13 +278,13 @@ def boundary_states(operands: Operands, setting: Setting) -> torch.Tensor:
 
     state_out gets the last states of sequences without tokens; the sweeps leave the others.
     """
-    q, k, v, c, state, state_out, *_, cu_seqlens, indices = operands
+    q, k, v, c, state, state_out, _, _, cu_seqlens, indices, steps = operands
     B, T, H, K, V = sizes(q, v)
     N = count_sequences(B, cu_seqlens)
     segments = count_blocks(B, T, setting.segment, cu_seqlens)
     states = empty(k, segments, H, K, V, dtype=torch.float32)
     decays = None if c is None and cu_seqlens is None else empty(k, segments, H, dtype=torch.float32)
-    launch_summary((k, v, c, states, decays, cu_seqlens), setting)
+    launch_summary((k, v, c, None if steps is None else steps.dt, states, decays, cu_seqlens), setting)
     launch_combine((state, states, decays, state_out, cu_seqlens, indices), N, T, setting.segment, setting.reverse)
     return states
 
@@ -393,21 +401,24 @@ def segment_tokens(
 
 
 @device_pass
-def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None, setting: Setting):
-    """o, the final state or None, the states before the segments or the initial ones, the sums of the gates or None."""
+def forward_pass(inputs: Inputs, options: Options, hopper: Sweeps | None, setting: Setting, steps: Steps | None = None):
+    """o, the final state or None, the states before the segments or the initial ones, the sums of the gates or None.
+
+    Step sizes are for a pass that this is a part of.
+    """
     q, k, v, _, state, cu_seqlens, indices, _ = inputs
     c = None if setting.segment is None and hopper else sweep_gates(inputs)
     final_state = final_states(inputs, options)
     if setting.segment is not None:
         # the states of the forward have no scale in them
         state_out = None if indices is not None else final_state
-        operands = Operands(q, k, v, c, state, state_out, cu_seqlens=cu_seqlens, indices=indices)
+        operands = Operands(q, k, v, c, state, state_out, cu_seqlens=cu_seqlens, indices=indices, steps=steps)
         state = boundary_states(operands, setting._replace(scale=1.0))
-    return outputs(inputs, (state, final_state), c, hopper, setting), final_state, state, c
+    return outputs(inputs, (state, final_state), c, hopper, setting, steps), final_state, state, c
 
 
 @device_pass
-def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradients:
+def backward_pass(tensors: tuple, needs: Gradients, setting: Setting, steps: Steps | None = None) -> Gradients:
     """From the inputs, the states before the segments, the sums of the gates, the gradients of o and final states."""
     inputs, (state, c, do, dstate) = Inputs(*tensors[:8]), tensors[8:]
     dh0 = empty(inputs.initial_state, *inputs.initial_state.shape) if needs.initial_state else None
@@ -416,7 +427,7 @@ def backward_pass(tensors: tuple, needs: Gradients, setting: Setting) -> Gradien
             c = sweep_gates(inputs)
         operands = Operands(inputs.q, inputs.q, do, c, dstate, dh0, cu_seqlens=inputs.cu_seqlens)
         dstate = boundary_states(operands, setting._replace(reverse=True))
-    return gradients(inputs, (state, dstate, dh0), c, do, needs, setting)
+    return gradients(inputs, (state, dstate, dh0), c, do, needs, setting, steps)
 
 
 def tokens_to_a_segment(inputs: Inputs) -> int | None:

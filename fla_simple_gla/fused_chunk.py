@@ -53,7 +53,7 @@ from ._layout import (
 from ._mode import Mode
 from ._passes import device_pass, empty
 from ._plans import Gradients, Inputs, Options, Plan, Results
-from ._sweeps import Operands, Setting, SweepConfig, count_swept, final_states
+from ._sweeps import Operands, Setting, Steps, SweepConfig, count_swept, final_states
 from ._triton import jit, kernel_name, tl
 from ._validation import Call
 from .hopper import CHUNK_TOKENS, Sweeps, as_taken, sweeps_for
@@ -390,7 +390,7 @@ def sweep(operands: Operands, setting: Setting):
     these have two parts, of the carried state and of pairs inside a chunk, and the third is
     `<anchor, state> [NV, blocks + N, H]`, for anchor blocks of BA tokens.
     """
-    q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    q, k, v, c, state_in, state_out, x, anchors, cu_seqlens, indices, _ = operands
     B, T, H, K, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     x_o = x_inter = s_ds = None
@@ -406,26 +406,38 @@ def sweep(operands: Operands, setting: Setting):
 
 
 def outputs(
-    inputs: Inputs, states: tuple, c: torch.Tensor | None, hopper: Sweeps | None, setting: Setting
+    inputs: Inputs,
+    states: tuple,
+    c: torch.Tensor | None,
+    hopper: Sweeps | None,
+    setting: Setting,
+    steps: Steps | None = None,
 ) -> torch.Tensor:
     """o. `states` are those that the sequences or their segments start with, or None, and where the final ones go, or
     None.
 
-    c are the sums of the gates, which the sweeps for Hopper do not need. hopper is `sweeps_for(q, k, v)`.
+    c are the sums of the gates, which the sweeps for Hopper do not need. hopper is `sweeps_for(q, k, v)`. Step sizes
+    are for sweeps of pairs of heads.
     """
     q, k, v, g, _, cu_seqlens, indices, _ = inputs
-    operands = Operands(q, k, v, g if hopper else c, *states, cu_seqlens=cu_seqlens, indices=indices)
+    operands = Operands(q, k, v, g if hopper else c, *states, cu_seqlens=cu_seqlens, indices=indices, steps=steps)
     o, *_ = (hopper.sweep if hopper else sweep)(operands, setting)
     return o
 
 
 def gradients(
-    inputs: Inputs, states: tuple, c: torch.Tensor | None, do: torch.Tensor, needs: Gradients, setting: Setting
+    inputs: Inputs,
+    states: tuple,
+    c: torch.Tensor | None,
+    do: torch.Tensor,
+    needs: Gradients,
+    setting: Setting,
+    steps: Steps | None = None,
 ) -> Gradients:
     """The gradients that are needed.
 
     `states` are those that the sequences or their segments start with, the gradients of those that they end with, and
-    where the gradients of the initial states go. Each may be None.
+    where the gradients of the initial states go. Each may be None. Only sweeps of pairs of heads take step sizes.
     """
     q, k, v, g, _, cu_seqlens, *_ = inputs
     state, dstate, dh0 = states
@@ -447,8 +459,8 @@ def gradients(
     else:
         gates, run = sweep_gates(inputs) if c is None else c, sweep
         BT = 0 if gates is None else gates.shape[-1]
-    common = dict(cu_seqlens=cu_seqlens, anchors=anchors)
-    if needs.q or needs.g:
+    common = dict(cu_seqlens=cu_seqlens, anchors=anchors, steps=steps)
+    if needs.q or needs.g or steps is not None and steps.dD is not None:
         as_dq = setting._replace(role='dq')
         if hopper and hopper.pairs:
             dq, _, w, *_ = at_once(Operands(q, k, v, gates, state, **common), do, as_dq)
@@ -475,7 +487,7 @@ def gradients(
             operands = Operands(k, q, do, gates, dstate, dh0, cu_seqlens=cu_seqlens)
             dv, *_ = run(operands, setting._replace(role='dv'))
     if needs.g:
-        dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting, BT)
+        dg = gate_gradient(GateParts(w, y, z, s_ds), inputs, setting, BT, steps)
     return Gradients(dq, dk, dv, dg, dh0)
 
 

@@ -239,6 +239,11 @@ class Work:
         return Task(i_s, i_h, i_b, i_n, first, end, bos, eos)
 
     @gluon.jit
+    def count(self):
+        """How many sequences or segments are swept."""
+        return self.tasks // (self.H // self.HEADS)
+
+    @gluon.jit
     def range(self):
         """The first chunk of this program in a relay, among those of all tasks, and the one after its last."""
         chunks = self.tasks * ((self.T + C - 1) // C)
@@ -399,12 +404,27 @@ class States:
 
 
 @aggregate
+class Skip:
+    """The factors of v that are added to o, `[H, V]` with any strides; or None."""
+
+    p: Pointer
+    s_h: Number
+    s_v: Number
+
+    @gluon.jit
+    def load(self, i_h, o_v, V):
+        return gl.load(self.p + i_h * self.s_h + o_v * self.s_v, mask=o_v < V, other=0.0).to(gl.float32)
+
+
+@aggregate
 class Gates:
     """Of each chunk in a ring, and of each head of a task, the sums of its gates `[C]`, and the decays from its start
-    `[C]`, times the scale, to its end `[C]`, and over all of it `[1]`.
+    `[C]`, times the scale, to its end `[C]`, and over all of it `[1]`. Step sizes are in what belongs to the tokens of
+    k: in the decays to the end as factors, and in `key_sums`, which are else the sums, as log 2 taken off.
     """
 
     sums: gl.shared_memory_descriptor
+    key_sums: gl.shared_memory_descriptor
     from_start: gl.shared_memory_descriptor
     to_end: gl.shared_memory_descriptor
     decays: gl.shared_memory_descriptor
@@ -412,20 +432,49 @@ class Gates:
 
 
 @gluon.jit
-def gate_buffers(n: gl.constexpr, ring):
+def gate_buffers(n: gl.constexpr, ring, STEPS: gl.constexpr = False):
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     sums = gl.allocate_shared_memory(gl.float32, [n, C], row)
+    key_sums = sums
+    if STEPS:
+        key_sums = gl.allocate_shared_memory(gl.float32, [n, C], row)
     from_start = gl.allocate_shared_memory(gl.float32, [n, C], row)
     to_end = gl.allocate_shared_memory(gl.float32, [n, C], row)
     decays = gl.allocate_shared_memory(gl.float32, [n, 1], row)
-    return Gates(sums, from_start, to_end, decays, ring)
+    return Gates(sums, key_sums, from_start, to_end, decays, ring)
+
+
+@aggregate
+class GatesOfTokens:
+    """What the gates of chunks are made of."""
+
+    g: Pointer  # [B, T, H], any strides; or None
+    dt: Pointer  # step sizes, of the same strides; or None
+    s_b: Number
+    s_t: Number
+    s_h: Number
+    scale: Number
 
 
 @gluon.jit
-def gate_partition(work, gates, g, strides, scale, REVERSE: gl.constexpr):
-    """The gates of every chunk, from `g [B, T, H]` or None. One warp."""
-    g_b, g_t, g_h = strides
-    HEADS: gl.constexpr = work.HEADS
+def load_gates(p, offsets, stride, mask, other, N: gl.constexpr):
+    """Those of N heads, a stride apart; nothing of None."""
+    found = ()
+    if p is not None:
+        for h in gl.static_range(N):
+            found = found + (gl.load(p + offsets + h * stride, mask=mask, other=other),)
+    return found
+
+
+@gluon.jit
+def gate_partition(work, gates, tokens, REVERSE: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr):
+    """The gates of every chunk, of N heads of a task from FIRST on. One warp.
+
+    Those of one head are asked for a chunk ahead. Two take too many registers for that, and their chunks take longer
+    than a load.
+    """
+    AHEAD: gl.constexpr = N == 1
+    step = -C if REVERSE else C
     layout: gl.constexpr = gl.BlockedLayout([C // 32], [32], [1], [0])
     r = gl.arange(0, C, layout)
     at = producer_start()
@@ -433,39 +482,46 @@ def gate_partition(work, gates, g, strides, scale, REVERSE: gl.constexpr):
         task, first, last = work.take(j)
         L = task.tokens()
         o_t = task.chunk(first, REVERSE) + r
-        b_n = ()
-        if g is not None:
-            p_g = g + task.i_b * g_b + task.i_h.to(gl.int64) * g_h + (task.first + o_t).to(gl.int64) * g_t
-            for h in gl.static_range(HEADS):
-                # (back in time o_t is negative where there are no tokens)
-                b_n = b_n + (gl.load(p_g + h * g_h, mask=(o_t >= 0) & (o_t < L), other=0.0),)
+        o_g = task.i_b * tokens.s_b + (task.i_h + FIRST).to(gl.int64) * tokens.s_h
+        o_g += (task.first + o_t).to(gl.int64) * tokens.s_t
+        if AHEAD:
+            # (back in time o_t is negative where there are no tokens)
+            mask = (o_t >= 0) & (o_t < L)
+            gates_of = load_gates(tokens.g, o_g, tokens.s_h, mask, 0.0, N)
+            steps_of = load_gates(tokens.dt, o_g, tokens.s_h, mask, 1.0, N)
         for _ in range(first, last, C):
-            gates_of = ()
-            for h in gl.static_range(HEADS):
+            if AHEAD:
+                these = gates_of
+                these_steps = steps_of
+                o_t += step
+                o_g += step * tokens.s_t
+            mask = (o_t >= 0) & (o_t < L)
+            gates_of = load_gates(tokens.g, o_g, tokens.s_h, mask, 0.0, N)
+            steps_of = load_gates(tokens.dt, o_g, tokens.s_h, mask, 1.0, N)
+            if not AHEAD:
+                these = gates_of
+                these_steps = steps_of
+                o_t += step
+                o_g += step * tokens.s_t
+            for h in gl.static_range(N):
                 b_g = gl.zeros([C], gl.float32, layout)
-                if g is not None:
-                    b_g = b_n[h].to(gl.float32) * LOG2E
+                if tokens.g is not None:
+                    b_g = these[h].to(gl.float32) * LOG2E
                     b_g = gl.where(b_g < RESET, RESET, b_g)  # NaN stays NaN
-                gates_of = gates_of + (b_g,)
-            if g is not None:
-                # those of the next chunk arrive while these are summed
-                o_t += -C if REVERSE else C
-                p_g += -C * g_t if REVERSE else C * g_t
-                b_n = ()
-                for h in gl.static_range(HEADS):
-                    b_n = b_n + (gl.load(p_g + h * g_h, mask=(o_t >= 0) & (o_t < L), other=0.0),)
-            for h in gl.static_range(HEADS):
-                b_g = gates_of[h]
                 whole = gl.floor(b_g + 0.5)
                 sums = gl.associative_scan(whole, 0, add) + gl.associative_scan(b_g - whole, 0, add)
                 end = gl.sum(whole, 0) + gl.sum(b_g - whole, 0)
+                to_end = gl.exp2(end - sums)
                 if h == 0:
                     gates.ring.acquire(at)
-                n = at.i * HEADS + h
+                n = at.i * work.HEADS + FIRST + h
                 gates.sums.index(n).store(sums)
-                gates.from_start.index(n).store(gl.exp2(sums) * scale)
-                gates.to_end.index(n).store(gl.exp2(end - sums))
+                gates.from_start.index(n).store(gl.exp2(sums) * tokens.scale)
                 gates.decays.index(n).store(gl.full([1], 0.0, gl.float32, layout) + gl.exp2(end))
+                if tokens.dt is not None:
+                    to_end = to_end * these_steps[h]
+                    gates.key_sums.index(n).store(sums - gl.log2(these_steps[h]))
+                gates.to_end.index(n).store(to_end)
             gates.ring.commit(at)
             at = gates.ring.after(at)
 
@@ -543,10 +599,20 @@ def add_rows(x, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def thread_sums(x):
+    """The sum of what each thread has of `x [64, 64]`, in the layout of a product: `[128]`."""
+    # warp, which 8 rows, row; which 8 columns, pair, number
+    x = x.reshape([4, 2, 8, 8, 4, 2])
+    return gl.sum(gl.sum(gl.sum(x, 5), 3), 1).reshape([128])
+
+
+@gluon.jit
 def decay_of_pairs(gates, i, o_i, o_j, J: gl.constexpr, N: gl.constexpr, scale, REVERSE: gl.constexpr):
     """The decays of pairs of tokens in a chunk, in columns J to J + N, times the scale, from gates in buffer i."""
-    c_i = gates.sums.index(i).load(o_i.type.layout)
-    c_j = gates.sums.index(i).slice(J, N, dim=0).load(o_j.type.layout)
+    sums_i = gates.key_sums if REVERSE else gates.sums
+    sums_j = gates.sums if REVERSE else gates.key_sums
+    c_i = sums_i.index(i).load(o_i.type.layout)
+    c_j = sums_j.index(i).slice(J, N, dim=0).load(o_j.type.layout)
     if REVERSE:
         before = o_i[:, None] <= o_j[None, :] + J
         d = c_j[None, :] - c_i[:, None]

@@ -25,6 +25,10 @@ its dk is dq, and its dv is o, which is not stored.
 **dg** (`_gates.py`). The part of k . dk that comes from the carried state is that of v . dv, which a value partition
 has: z. Back in time the sweep also leaves the products of the anchors with dS. Of pairs of heads it leaves y, what the
 pairs of tokens inside a chunk add to v . dv, and forward in time w, all of do . o: the same P is in both.
+
+**Step sizes** (`_sweeps.Steps`) are in the decays, on the side of k, so that dv is already the gradient of x, but for
+D do, and what is left of v . dv is as without them. dD is summed up forward in time: `key_partition` has the products
+x . do on the diagonal of those of pairs.
 """
 
 from typing import NamedTuple
@@ -51,9 +55,11 @@ from .common import (
     C,
     Descriptor,
     Gates,
+    GatesOfTokens,
     Number,
     Pointer,
     Ring,
+    Skip,
     States,
     Sums,
     Work,
@@ -76,6 +82,7 @@ from .common import (
     ring,
     row_sum_partition,
     store_sum,
+    thread_sums,
     tma_load,
     tma_store,
     to_fragments,
@@ -89,6 +96,8 @@ class Gradients:
     work: Work
     state_in: States
     state_out: States
+    skip: Skip
+    dD: Pointer
     anchors: Pointer
     s_ds: Pointer
     anchor_blocks: Number
@@ -174,6 +183,10 @@ def key_partition(s, scale):
     at_s = consumer_start()
     for j in range(work.start(), work.stop(), work.step()):
         task, first, last = work.take(j)
+        d_skip = ()
+        if s.dD is not None:
+            for _ in gl.static_range(HEADS):
+                d_skip = d_skip + (thread_sums(gl.zeros([C, C], gl.float32, layout_p)),)
         for t in range(first, last, C):
             i_t = task.chunk(t, s.REVERSE)
             s.tiles.wait(at)
@@ -182,6 +195,7 @@ def key_partition(s, scale):
             if s.DV:
                 b_p = warpgroup_mma(s.ks.index(at.i), b_q.permute((1, 0)), zero, use_acc=False, is_async=True)
             s.gates.ring.wait(at)
+            new_skip = ()
             for h in gl.static_range(HEADS):
                 decay = decay_of_pairs(s.gates, at.i * HEADS + h, o_j, o_i, 0, C, scale, s.REVERSE)
                 if s.DV:
@@ -197,7 +211,12 @@ def key_partition(s, scale):
                     i_w = at.i * NW + h * OF_HEAD + w
                     b_do = s.dos.index(i_w).permute((1, 0))
                     b_i = warpgroup_mma(s.vs.index(i_w), b_do, b_i, use_acc=w > 0, is_async=True)
-                b_i = warpgroup_mma_wait(0, (b_i,)) * decay
+                b_i = warpgroup_mma_wait(0, (b_i,))
+                if s.dD is not None:
+                    # x . do of each token is on the diagonal, and a thread adds up what it has of it
+                    diagonal = thread_sums(gl.where(o_j[:, None] == o_i[None, :], b_i, 0.0))
+                    new_skip = new_skip + (d_skip[h] + diagonal,)
+                b_i = b_i * decay
                 if h == 0:
                     b_a = b_i
                 else:
@@ -233,6 +252,12 @@ def key_partition(s, scale):
             at_p = s.products.after(at_p)
             at_s = s.state.after(at_s)
             at = s.tiles.after(at)
+            d_skip = new_skip
+        if s.dD is not None:
+            # of a task that two programs share each has a part
+            part = gl.where(first > 0, work.count(), 0) + task.i_s
+            for h in gl.static_range(HEADS):
+                store_sum(s.dD, d_skip[h], 0, part, task.i_h + h, 2 * work.count(), work.H)
         work.clear(task, s.desc_dk, s.dks, task.i_h // HEADS, 0)
     tma.store_wait(0)
 
@@ -248,6 +273,7 @@ def value_partition(s, W: gl.constexpr):
     COLUMN: gl.constexpr = 0 if HEADS == 2 else W * BS
     INTER: gl.constexpr = s.DG and s.REVERSE  # sums of what comes from the carried state
     WHOLE: gl.constexpr = s.DG and HEADS == 2  # sums of the whole
+    SKIP: gl.constexpr = s.skip.p is not None
     BK: gl.constexpr = s.qs.shape[2]
     dtype: gl.constexpr = s.qs.dtype
     layout_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
@@ -274,6 +300,8 @@ def value_partition(s, W: gl.constexpr):
         if work.relay is not None:
             if first > 0:
                 b_s = work.take_over((b_s,), W, NW)[0]
+        if SKIP:
+            skip = s.skip.load(i_h, gl.arange(0, BS, gl.SliceLayout(1, layout_o)), s.V)
         for t in range(first, last, C):
             i_t = task.chunk(t, s.REVERSE)
             b_s = warpgroup_mma_wait(0, (b_s,))
@@ -331,12 +359,17 @@ def value_partition(s, W: gl.constexpr):
                 b_do = s.dos.index(at.i * NW + W).permute((1, 0))
                 b_p = s.ps.index(at_p.i * HEADS + HEAD).permute((1, 0))
                 b_o = warpgroup_mma(b_do, b_p, b_o, is_async=True)
+                if SKIP:
+                    b_d = gl.convert_layout(b_do.load(operand_o), layout_o)
                 if s.REVERSE:
                     tma.store_wait(0)
                 b_s = warpgroup_mma_wait(1, (b_s,))
                 b_o = warpgroup_mma_wait(0, (b_o,))
-                if s.REVERSE:
+                if SKIP:
+                    s.dvs.index(W).permute((1, 0)).store((b_o + b_d.to(gl.float32) * skip[:, None]).to(dtype))
+                elif s.REVERSE:
                     s.dvs.index(W).permute((1, 0)).store(b_o.to(dtype))
+                if s.REVERSE:
                     fence_async_shared()
                     tma_store(s.desc_dv, work.columns(task, i_t, W, 1), s.dvs.index(W))
                 s.products.release(at_p)
@@ -376,7 +409,9 @@ def hopper_gradient_kernel(
     desc_v, desc_do,  # tiles [C, BS] of [B, T, H, V]
     desc_dk,  # tiles [C, BK] of [B, T, H // HEADS, K]
     desc_dv,  # tiles [C, BS] of [B, T, H, V]; None forward in time
-    g,  # [B, T, H], any strides, or None
+    g, dt,  # [B, T, H], any strides, those of dt as those of g; or None
+    D,  # [H, V], any strides, or None
+    dD,  # [4, 2, sequences or segments, H]: sums of x . do, of each warp, zeros at first; or None
     state_in,  # [N, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], any strides, or None
     z,  # [1, B, H, T]: what the carried state adds to k . dk; forward in time all of q . dq
@@ -390,6 +425,7 @@ def hopper_gradient_kernel(
     share,  # chunks to a program in a relay
     anchor_blocks,
     g_b, g_t, g_h,
+    D_h, D_v,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     ROLE: gl.constexpr,
@@ -434,7 +470,7 @@ def hopper_gradient_kernel(
     dks = gl.allocate_shared_memory(dtype, [C, BK], by_k)
     published = gl.allocate_shared_memory(dtype, [NW * BS, BK], of_state)
     tiles = ring(STAGES, 1, NW + 1)
-    gates = gate_buffers(STAGES * HEADS, ring(STAGES, 1, NW + 1))
+    gates = gate_buffers(STAGES * HEADS, ring(STAGES, 1, NW + 1), dt is not None)
     state = ring(1, NW, 1)
     # what is there stands in for what nobody reads
     ps = vs
@@ -458,11 +494,11 @@ def hopper_gradient_kernel(
     work = Work(cu_seqlens, None, tasks, N, T, N, segment, relay, flags, share, H, HEADS, SEGMENTS)
     s = Gradients(
         work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
+        Skip(D, D_h, D_v), dD, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
         qs, ks, vs, dos, ps, dks, dvs, published, tiles, products, state, gates, sums,
         GK, K, V, BA, NW, REVERSE, DG, DV,
     )  # fmt: skip
-    of_g = (work, gates, g, (g_b, g_t, g_h), scale, REVERSE)
+    tokens = GatesOfTokens(g, dt, g_b, g_t, g_h, scale)
     of_sums = (work, sums, z, y, REVERSE)
     if NW == 2:
         if DG:
@@ -470,7 +506,7 @@ def hopper_gradient_kernel(
                 (value_partition, (s, 0)),
                 (value_partition, (s, 1)),
                 (key_partition, (s, scale)),
-                (gate_partition, of_g),
+                (gate_partition, (work, gates, tokens, REVERSE, 0, HEADS)),
                 (load_partition, (s,)),
                 (row_sum_partition, of_sums),
             ], [4, 4, 1, 1, 2],
@@ -480,14 +516,14 @@ def hopper_gradient_kernel(
                 (value_partition, (s, 0)),
                 (value_partition, (s, 1)),
                 (key_partition, (s, scale)),
-                (gate_partition, of_g),
+                (gate_partition, (work, gates, tokens, REVERSE, 0, HEADS)),
                 (load_partition, (s,)),
             ], [4, 4, 1, 1], [STATE_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
     elif DG:
         gl.warp_specialize([
             (value_partition, (s, 0)),
             (key_partition, (s, scale)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, REVERSE, 0, HEADS)),
             (load_partition, (s,)),
             (row_sum_partition, of_sums),
         ], [4, 1, 1, 2], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
@@ -495,7 +531,7 @@ def hopper_gradient_kernel(
         gl.warp_specialize([
             (value_partition, (s, 0)),
             (key_partition, (s, scale)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, REVERSE, 0, HEADS)),
             (load_partition, (s,)),
         ], [4, 1, 1], [KEY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
 
@@ -521,8 +557,8 @@ CONFIGS = {
     (64, 64, 1, True): Config(4, 4, 240, 200, 32, 168),
     (64, 128, 1, True): Config(2, 2, 176, 128, 32, 128),
     (128, 64, 1, True): Config(3, 3, 240, 200, 32, 168),
-    (128, 64, 2, False): Config(2, 1, 160, 168, 24, 128),
-    (128, 64, 2, True): Config(2, 1, 168, 152, 24, 128),
+    (128, 64, 2, False): Config(2, 1, 160, 160, 32, 128),
+    (128, 64, 2, True): Config(2, 1, 168, 144, 32, 128),
     (128, 128, 1, True): Config(2, 2, 176, 128, 32, 128),
 }
 
@@ -537,7 +573,8 @@ def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, cu_seqlens: t
 
 @launcher
 def launch_gradients(tensors, setting: Setting):
-    q, k, v, do, dk, dv, g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, relay, flags = tensors
+    q, k, v, do, dk, dv, g, dt, D, dD, state_in, state_out, *others, cu_seqlens, relay, flags = tensors
+    _, _, anchors, _ = others
     B, T, H, K, V = sizes(q, v)
     BK, BV = padded(K, V)
     heads = count_pair(q, v)
@@ -547,10 +584,10 @@ def launch_gradients(tensors, setting: Setting):
     args = (
         *(descriptor(t, BK, cu_seqlens) for t in (q, k)), *(descriptor(t, BS.value, cu_seqlens) for t in (v, do)),
         descriptor(dk, BK, cu_seqlens), None if dv is None else descriptor(dv, BS.value, cu_seqlens),
-        g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, relay, flags,
+        g, dt, D, dD, state_in, state_out, *others, cu_seqlens, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T, segment or 0,
         chunks_to_a_program(relay, tasks, programs, T), count_blocks(B, T, BA, cu_seqlens),
-        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
+        *strides(g, 3), *strides(D, 2), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
         ROLE=role, H=H, GK=H // q.shape[2], K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse,
@@ -568,7 +605,7 @@ def sweep(operands: Operands, do: torch.Tensor, setting: Setting):
 
     Forward in time, of pairs of heads only: dq, None, w, None and None.
     """
-    q, k, v, g, state_in, state_out, _, anchors, cu_seqlens, indices = operands
+    q, k, v, g, state_in, state_out, _, anchors, cu_seqlens, _, steps = operands
     B, T, H, K, V = sizes(q, v)
     heads = count_pair(q, v)
     dk = empty(q, B, T, H // heads, K)
@@ -585,6 +622,9 @@ def sweep(operands: Operands, do: torch.Tensor, setting: Setting):
         q, k, v, do = k, q, do, v
     tasks, programs = count_work(q, v, setting, cu_seqlens)
     handed_over = relay_buffers(operands, setting, tasks, (programs, 1), 128 * 128)
-    tensors = q, k, v, do, dk, dv, g, state_in, state_out, z, y, anchors, s_ds, cu_seqlens, *handed_over
+    dt, D, _, dD = steps or (None,) * 4
+    D, dD = (D, None) if setting.reverse else (None, dD)
+    given = q, k, v, do, dk, dv, g, dt, D, dD, state_in, state_out
+    tensors = *given, z, y, anchors, s_ds, cu_seqlens, *handed_over
     launch_gradients(tensors, setting)
     return dk, dv, z, y, s_ds

@@ -12,7 +12,8 @@ One program to a multiprocessor takes one head of a sequence, or of a segment of
 The state is transposed so that it feeds the tensor cores from the registers of the warp group that keeps it.
 
 Where heads share q and k and V is at most 64, a task of the sweep for o is two heads (`common.is_paired`). Each has a
-state partition, and gates and P of its own, and q . k is made once. `gradients.py` makes their dq.
+state partition, and gates and P of its own, and q . k is made once. `gradients.py` makes their dq. Only their sweeps
+take step sizes and D (`_sweeps.Steps`).
 
 `fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the
 carried states add to q . dq, and the products of the pairs inside a chunk,
@@ -46,9 +47,11 @@ from .common import (
     C,
     Descriptor,
     Gates,
+    GatesOfTokens,
     Number,
     Pointer,
     Ring,
+    Skip,
     States,
     Sums,
     Work,
@@ -81,6 +84,7 @@ class Sweep:
     work: Work
     state_in: States
     state_out: States
+    skip: Skip
     anchors: Pointer
     anchor_blocks: Number
     desc_q: Descriptor
@@ -225,6 +229,8 @@ def state_partition(s, W: gl.constexpr):
             if first > 0:
                 b_s = work.take_over((b_s,), W, NW)[0]
         b_h = gl.convert_layout(b_s.to(dtype), operand_o)
+        if s.skip.p is not None:
+            skip = s.skip.load(i_h, gl.arange(0, BS, gl.SliceLayout(1, layout_o)), s.V)
         for i_t in range(first, last, C):
             if s.X:
                 wanted, i_a = work.anchor(task, i_t // C, s.anchor_blocks, s.BA)
@@ -271,12 +277,18 @@ def state_partition(s, W: gl.constexpr):
             b_p = s.ps.index(i_g).permute((1, 0))
             b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), b_p, b_o, is_async=True)
             b_s = warpgroup_mma_wait(1, (b_s,))
-            s.tiles.release(at)
+            if s.skip.p is None:
+                s.tiles.release(at)
             b_h = gl.convert_layout(b_s.to(dtype), operand_o)
             tma.store_wait(0)
             b_o = warpgroup_mma_wait(0, (b_o,))
             s.products.release(at_p)
+            if s.skip.p is not None:
+                of_v = gl.convert_layout(s.vs.index(at.i * NW + W).permute((1, 0)).load(operand_o), layout_o)
+                b_o += of_v.to(gl.float32) * skip[:, None]
             s.os.index(W).permute((1, 0)).store(b_o.to(dtype))
+            if s.skip.p is not None:
+                s.tiles.release(at)
             fence_async_shared()
             tma_store(s.desc_o, work.tile(task, task.end, i_h, i_t, COLUMN), s.os.index(W))
             at = s.tiles.after(at)
@@ -303,7 +315,8 @@ def hopper_sweep_kernel(
     desc_v,  # tiles [C, BS] of [B, T, H // GV, V]
     desc_o,  # tiles [C, BS] of [B, T, H, V]
     desc_x,  # tiles [C, BS] of [B, T, H // GV, V], or None
-    g,  # [B, T, H], any strides, or None
+    g, dt,  # [B, T, H], any strides, those of dt as those of g; or None
+    D,  # [H, V], any strides, or None
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], or with indices [slots, H, K, V], any strides, or None
     x_o,  # [1, B, H, T]: rows x . o of what of o comes from the carried state, less the sums of A over i
@@ -318,6 +331,7 @@ def hopper_sweep_kernel(
     share,  # chunks to a program in a relay
     anchor_blocks,
     g_b, g_t, g_h,
+    D_h, D_v,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     ROLE: gl.constexpr,  # what the sweep makes: the kernel's name tells it
@@ -350,6 +364,7 @@ def hopper_sweep_kernel(
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.
+    With D a state has v until it stores o.
     """
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
@@ -361,7 +376,7 @@ def hopper_sweep_kernel(
     os = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
     tiles = ring(STAGES, 1, NW + X)
     products = ring(PRODUCTS, 1, NW)
-    gates = gate_buffers(PRODUCTS * HEADS, Ring(barriers(PRODUCTS, 1), products.empty))
+    gates = gate_buffers(PRODUCTS * HEADS, Ring(barriers(PRODUCTS, HEADS), products.empty), dt is not None)
     if X:
         xs = gl.allocate_shared_memory(dtype, [X_STAGES * NW, C, BS], square)
         x = ring(X_STAGES, 1, NW + 1)
@@ -378,19 +393,29 @@ def hopper_sweep_kernel(
     work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, HEADS, SEGMENTS)
     s = Sweep(
         work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
+        Skip(D, D_h, D_v), anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
         qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
         GQ, GV, K, V, BA, NW, X,
     )  # fmt: skip
-    of_g = (work, gates, g, (g_b, g_t, g_h), scale, False)
+    tokens = GatesOfTokens(g, dt, g_b, g_t, g_h, scale)
     of_sums = (work, sums, x_o, None, False)
-    if NW == 2:
+    if HEADS == 2:
+        gl.warp_specialize([
+            (state_partition, (s, 0)),
+            (state_partition, (s, 1)),
+            (product_partition, (s, scale, y)),
+            (gate_partition, (work, gates, tokens, False, 0, 1)),
+            (gate_partition, (work, gates, tokens, False, 1, 1)),
+            (load_partition, (s,)),
+        ], [4, 4, 1, 1, 1],
+        [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif NW == 2:
         if X:
             gl.warp_specialize([
                 (state_partition, (s, 0)),
                 (state_partition, (s, 1)),
                 (product_partition, (s, scale, y)),
-                (gate_partition, of_g),
+                (gate_partition, (work, gates, tokens, False, 0, 1)),
                 (load_partition, (s,)),
                 (row_sum_partition, of_sums),
             ], [4, 4, 1, 1, 2],
@@ -400,14 +425,14 @@ def hopper_sweep_kernel(
                 (state_partition, (s, 0)),
                 (state_partition, (s, 1)),
                 (product_partition, (s, scale, y)),
-                (gate_partition, of_g),
+                (gate_partition, (work, gates, tokens, False, 0, 1)),
                 (load_partition, (s,)),
             ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
     elif X:
         gl.warp_specialize([
             (state_partition, (s, 0)),
             (product_partition, (s, scale, y)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, False, 0, 1)),
             (load_partition, (s,)),
             (row_sum_partition, of_sums),
         ], [4, 1, 1, 2], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
@@ -415,7 +440,7 @@ def hopper_sweep_kernel(
         gl.warp_specialize([
             (state_partition, (s, 0)),
             (product_partition, (s, scale, y)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, False, 0, 1)),
             (load_partition, (s,)),
         ], [4, 1, 1], [PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
 
@@ -472,7 +497,7 @@ def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, x: bool, cu_s
 
 @launcher
 def launch_sweep(tensors, setting: Setting):
-    q, k, v, o, x, g, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
+    q, k, v, o, x, g, dt, D, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
     heads = count_pair(q, v)
     BK, BV = padded(K, V)
@@ -481,11 +506,11 @@ def launch_sweep(tensors, setting: Setting):
     args = (
         *(descriptor(t, BK, cu_seqlens) for t in (q, k)),
         *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x)),
-        g, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
+        g, dt, D, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T,
         0 if indices is None else state_out.shape[0], segment or 0,
         chunks_to_a_program(relay, tasks, programs, T), count_blocks(B, T, BA, cu_seqlens),
-        *strides(g, 3), *strides(state_in, 4), *strides(state_out, 4),
+        *strides(g, 3), *strides(D, 2), *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
         ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
@@ -503,7 +528,7 @@ def sweep(operands: Operands, setting: Setting):
     with x what dg needs: the rows `x . o [1, B, H, T]` of what of o comes from the carried state, less the sums of A
     over i, and those over j, `y [1, B, H, T]`, negative.
     """
-    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices, steps = operands
     B, T, H, _, V = sizes(q, v)
     o = empty(q, B, T, H, V)
     x_o = y = None
@@ -512,7 +537,8 @@ def sweep(operands: Operands, setting: Setting):
     tasks, programs, _ = count_work(q, v, setting, x is not None, cu_seqlens)
     handed_over = relay_buffers(operands, setting, tasks, (programs, 1), 128 * 128)
     others = x_o, y, anchors, cu_seqlens, indices
-    launch_sweep((q, k, v, o, x, g, state_in, state_out, *others, *handed_over), setting)
+    dt, D, *_ = steps or (None, None)
+    launch_sweep((q, k, v, o, x, g, dt, D, state_in, state_out, *others, *handed_over), setting)
     return o, x_o, y
 
 

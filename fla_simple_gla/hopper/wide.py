@@ -52,6 +52,7 @@ from .common import (
     C,
     Descriptor,
     Gates,
+    GatesOfTokens,
     Number,
     Pointer,
     Ring,
@@ -587,13 +588,13 @@ def hopper_wide_sweep_kernel(
         partial, progress, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
         qs, ks, vs, ps, os, xs, q, k, v, products, x, gates, sums, GQ, GV, BA, STAGES, REVERSE, X,
     )  # fmt: skip
-    of_g = (work, gates, g, (g_b, g_t, g_h), scale, REVERSE)
+    tokens = GatesOfTokens(g, None, g_b, g_t, g_h, scale)
     if X:
         gl.warp_specialize([
             (state_partition, (s, 0)),
             (state_partition, (s, 1)),
             (product_partition, (s, scale)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, REVERSE, 0, 1)),
             (load_partition, (s,)),
             (row_sum_partition, (work, sums, x_o, y, REVERSE)),
         ], [4, 4, 1, 1, 2],
@@ -603,7 +604,7 @@ def hopper_wide_sweep_kernel(
             (state_partition, (s, 0)),
             (state_partition, (s, 1)),
             (product_partition, (s, scale)),
-            (gate_partition, of_g),
+            (gate_partition, (work, gates, tokens, REVERSE, 0, 1)),
             (load_partition, (s,)),
         ], [4, 4, 1, 1], [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
 
@@ -702,7 +703,7 @@ def sweep(operands: Operands, setting: Setting):
     the third is `<anchor, state> [8 * parts, anchor blocks + N, H]`, one of each warp. The parts are those of the
     state, in rows and in columns.
     """
-    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices = operands
+    q, k, v, g, state_in, state_out, x, anchors, cu_seqlens, indices, _ = operands
     B, T, H, K, V = sizes(q, v)
     shape = cut(K, V)
     tasks, programs = count_work(q, v, setting, cu_seqlens)
