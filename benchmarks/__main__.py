@@ -16,11 +16,12 @@ from . import measuring
 
 COMMANDS = {
     'run': 'the modes, forward and backward, beside fla-core and attention',
-    'models': 'chunk at the dims of models, beside mamba_ssm and fla-core',
+    'models': 'chunk, and the functions of Mamba-2, at the dims of models, beside mamba_ssm and fla-core',
     'shapes': 'chunk over lengths and dims, to find shapes that cost more than their neighbours',
     'decode': 'a decode step from a pool of states',
     'host': 'how long a call keeps the host',
     'compiled': 'a training step, eager and under torch.compile',
+    'training': 'a training step and decoding of a Mamba-2 model of transformers, patched and as it is',
     'accuracy': 'errors against naive in fp64',
     'kernels': 'registers, spills and shared memory of the kernels; needs no GPU',
     'same_bits': 'the results of another checkout, bit by bit',

@@ -19,6 +19,7 @@ from fla_simple_gla import _layout, chunk, fused_chunk, hopper, parallel
 from fla_simple_gla._passes import Pass, dry_run
 from fla_simple_gla._plans import Gradients, Inputs, Options
 from fla_simple_gla._sweeps import Setting
+from fla_simple_gla.adapters import _scan
 from fla_simple_gla.hopper import attention_for, sweeps_for
 
 ALL = Gradients(True, True, True, True, True)
@@ -48,20 +49,32 @@ class NoGpu:
         return GPUTarget('cuda', self.arch, 32)
 
 
+def answer(value):
+    """Stands in for a question about a device. In a dry run a tensor that the pass allocates has another device than in
+    a real one: no pass may ask for it.
+    """
+
+    def of(device: torch.device):
+        assert device.type != 'meta', 'a pass asks for the device of a tensor that it allocates'
+        return value
+
+    return of
+
+
 def use_no_gpu(arch: int) -> None:
     """Choose kernels as for a GPU of this architecture, with 132 multiprocessors."""
     from triton.runtime import driver
 
     driver.set_active(NoGpu(arch))
-    for module in (_layout, chunk, fused_chunk, parallel, hopper):
+    for module in (_layout, chunk, fused_chunk, parallel, hopper, _scan):
         for function, value in (('is_hopper', arch == 90), ('exists', True), ('multiprocessors', 132)):
             if hasattr(module, function):
-                mock.patch.object(module, function, lambda *_, value=value: value).start()
+                mock.patch.object(module, function, answer(value)).start()
     if arch == 90:
         from fla_simple_gla.hopper import attention, gradients, sweep, wide
 
         for module in (attention, gradients, sweep, wide):
-            mock.patch.object(module, 'multiprocessors', lambda device: 132).start()
+            mock.patch.object(module, 'multiprocessors', answer(132)).start()
 
 
 def inputs_of(dims: tuple, dtype: torch.dtype, states: bool = False, packed: bool = False, times: int = 1) -> Inputs:
@@ -104,6 +117,25 @@ def parallel_launches(dims: tuple, dtype: torch.dtype, packed: bool) -> list:
     )
 
 
+def scan_launches(dims: tuple, dtype: torch.dtype, states: bool, times: int = 1) -> list:
+    """Of the scan of Mamba-2, with all that it takes."""
+    x = inputs_of(dims, dtype, states, times=times)
+    heads, state = torch.zeros(H * times), None if x.initial_state is None else x.initial_state.mT
+    given = _scan.Tensors(x.v, x.g, heads, x.k, x.q, heads, x.v, heads, state)
+    precision = 'tf32x3' if dtype == torch.float32 else None
+    options = _scan.ScanOptions(True, 0.0, float('inf'), True, precision)
+    found = launches_of(_scan.forward_pass, given, options)
+    if not _scan.is_folded(given, options):
+        found += launches_of(_scan.prepare_pass, given, options)
+    D = (None, None) if _scan.is_folded(given, options) else (given.skip(), x.v)
+    found += launches_of(_scan.finish_backward_pass, (x.v, *D, x.v, x.v))
+    gates = torch.zeros(2, *x.g.mT.shape).unbind()
+    prepared = (*gates, None if _scan.is_folded(given, options) else x.v)
+    dstates = torch.zeros(2, H * times, *dims[:2])
+    needs = _scan.Tensors(*[True] * 8, states, False, False)
+    return found + launches_of(_scan.backward_pass, (*given, *prepared, None, x.v, dstates), options, needs)
+
+
 def launches(arch: int) -> list[tuple[str, object]]:
     """Calls, and the launches of their passes."""
     found = []
@@ -119,6 +151,11 @@ def launches(arch: int) -> list[tuple[str, object]]:
             if dtype == torch.bfloat16 and arch == 90:
                 of_many = chunk_launches(dims, dtype, False, False, MANY)
                 found += [(f'chunk {name} many heads', launch) for launch in of_many]
+            if dims[2] == 1 or dims in DIMS[:2]:
+                found += [(f'scan {name}', launch) for launch in scan_launches(dims, dtype, False)]
+                found += [(f'scan {name} with states', launch) for launch in scan_launches(dims, dtype, True)]
+            if dims[2] == 1:
+                found += [(f'scan {name} many heads', launch) for launch in scan_launches(dims, dtype, False, MANY)]
     return found
 
 

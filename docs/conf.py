@@ -34,7 +34,8 @@ myst_heading_anchors = 4
 default_role = 'code'
 autodoc_typehints = 'signature'
 autodoc_preserve_defaults = True
-nitpick_ignore = [('py:class', 'torch.Tensor')]  # the documentation of PyTorch is on another site
+# the documentation of PyTorch is on another site, and what `patch` returns has no page
+nitpick_ignore = [('py:class', x) for x in ('torch.Tensor', 'torch.dtype', 'fla_simple_gla.adapters._patch.Report')]
 
 
 def link_files(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -111,8 +111,7 @@ def compare(case: Case) -> None:
     given = make(case)
     results = scan(case, given)
     found = dict(zip(('y', 'states'), results)) | gradients(results, given)
-    # the reference is computed on the CPU, where many small operations take less time
-    exact_given = {name: None if x is None else x.detach().double().cpu() for name, x in given.items()}
+    exact_given = {name: None if x is None else x.detach().double() for name, x in given.items()}
     for name in SUMS:
         x = exact_given[name]
         if x is not None:
@@ -128,9 +127,9 @@ def compare(case: Case) -> None:
         assert name in ('y', 'states') or x.dtype == given[name].dtype and x.shape == given[name].shape
         if name in SUMS:
             # neighbours' errors of the gates' gradients have much in common, so those of their sum A cancel less
-            error = sum_error(x.cpu(), exact[name], math.sqrt(case.T) if name == 'A' else 1.0)
+            error = sum_error(x, exact[name], math.sqrt(case.T) if name == 'A' else 1.0)
         else:
-            error = rms_error(x.cpu(), exact[name])
+            error = rms_error(x, exact[name])
         assert error < (gate_tolerance if name in ('dt', 'A', 'dt_bias') else tolerance), f'{name}: {error:.1e}'
 
 
@@ -223,7 +222,8 @@ def test_gradient_of_one_argument(case, name):
             given[other] = x.detach()
     y, states = scan(case, given)
     found = torch.autograd.grad([y, states], given[name], [given['dy'], given['dstates']])[0]
-    assert torch.equal(found, whole)
+    # without what else a kernel makes, its sums may go in another order
+    assert rms_error(found, whole) < 1e-6 if name in SUMS else torch.equal(found, whole)
 
 
 @pytest.mark.parametrize('case', [Case(T=70)] + [dataclasses.replace(PAIRS, dtype=HALF)] * GPU, ids=str)

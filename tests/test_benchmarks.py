@@ -1,6 +1,7 @@
 """The benchmarks: one command, rows in files, and tables and pictures that show what the result files have."""
 
 import argparse
+import copy
 import csv
 import json
 import shutil
@@ -9,11 +10,12 @@ import sys
 
 import pytest
 import torch
-from harness import GPU
+from harness import DEVICE, GPU
 
 from benchmarks import __main__ as command
-from benchmarks import measuring, models, report, shapes
+from benchmarks import measuring, models, report, shapes, training
 from benchmarks.measuring import Column, Report
+from fla_simple_gla.adapters import patch
 
 ROOT = report.ROOT
 MACHINE = {'benchmark': 'run', 'commit': 'abc', 'gpu': 'NVIDIA H200', 'copy_tb_per_s': 4.0}
@@ -142,6 +144,80 @@ def test_the_limits_of_a_model():
     assert both == pytest.approx(forward + 4000 * (10 * 512**2 + 128 * 5 * 512) / 7e11)
 
 
+def test_the_limits_of_the_scan_of_a_model():
+    small, large = models.Model('', 1, 1000, 80, 1, 128, 64), models.Model('', 1, 1000, 4, 4, 512, 512)
+    forward, both = small.limits(1e12, of_scan=True)
+    bytes_of_B, bytes_of_x, bytes_of_dt = 2 * 1000 * 128, 2 * 1000 * 80 * 64, 2 * 1000 * 80
+    assert forward == pytest.approx((2 * bytes_of_B + 3 * bytes_of_x + bytes_of_dt) / 1e9)
+    assert both == pytest.approx(forward + (4 * bytes_of_B + 5 * bytes_of_x + 2 * bytes_of_dt) / 1e9)
+    assert large.limits(1e15, of_scan=True) == large.limits(1e15)
+
+
+def test_the_formula_of_the_scan_is_that_of_the_function(monkeypatch):
+    """In fp64. The formula sees the last tokens alone, of which those count that its first ones have no part in."""
+    monkeypatch.setattr(models, 'COMPARED', 600)
+    leaves, dy = models.scan_inputs(models.Model('', 2, 1300, 4, 2, 8, 4), 'cpu')
+    exact = models.exact_scan(leaves, dy)
+    leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    steps = torch.nn.functional.softplus(leaves['dt'] + leaves['dt_bias']).mean((0, 1))
+    assert 0.015 < steps.min() and steps.max() < 0.055
+    _, both = models.calls(models.scan_of('fla_simple_gla'), leaves, dy.double())
+    found = both()
+    assert len(found) == len(exact) == 9 and models.scan_error(found, exact) < 1e-5
+    for i in (0, 1, 2, 4, 5, 7):  # y and the gradients that tokens have
+        wrong = [*found]
+        wrong[i] = 1.01 * wrong[i]
+        assert models.scan_error(tuple(wrong), exact) > 0.009
+
+
+def test_the_formula_of_the_step_is_that_of_the_function():
+    tensors, size = models.step_inputs(models.Model('', 1, 1, 4, 2, 8, 6), 3, torch.bfloat16, 'cpu')
+    assert size == 2 * 2 * 3 * 4 * 6 * 8 + 2 * 3 * 3 * 4 * 6 + 2 * 3 * 4 + 2 * 2 * 3 * 2 * 8 + 3 * 4 * 4
+    tensors = {name: x.double() for name, x in tensors.items()}
+    step, state = models.step_of('fla_simple_gla', tensors)
+    for found, exact in zip((step(), state), models.exact_step(tensors), strict=True):
+        assert models.relative_error(found, exact) < 1e-12
+    assert models.relative_error(tensors['state'], state) > 0.01
+
+
+def small_model():
+    pytest.importorskip('transformers', reason='transformers is not installed')
+    with patch('transformers') as report:
+        if report.skipped:
+            pytest.skip(report.skipped['transformers'])
+    return training.make_model(
+        hidden_size=32, num_heads=4, head_dim=16, state_size=8, vocab_size=40, chunk_size=8, initializer_range=0.3
+    ).to(DEVICE)
+
+
+def test_training_steps_of_a_model_of_transformers():
+    model, ids, losses = small_model(), torch.randint(40, (2, 20), device=DEVICE), []
+    for patched in (True, False):
+        for function in ('split', 'scan'):
+            with training.transformers_is(patched):
+                name = training.implementation_of(function)
+                if name == 'mamba_ssm':  # it tunes itself for seconds, and needs a GPU
+                    continue
+                assert name == ('fla_simple_gla' if patched else 'PyTorch')
+                step = training.make_step(copy.deepcopy(model).train(function == 'split'), ids)
+                losses.append(torch.stack([step() for _ in range(3)]))
+    assert all(x[0] > x[-1] and torch.allclose(x, losses[0], rtol=1e-2) for x in losses)
+
+
+@torch.no_grad()
+def test_decoding_of_a_model_of_transformers():
+    model, ids = small_model().eval(), torch.randint(40, (2, 20), device=DEVICE)
+    with training.transformers_is(patched=True):
+        assert training.implementation_of('step') == 'fla_simple_gla'
+        decoder = training.Decoder(model, ids[:, :15])
+        found = torch.stack([decoder.logits(ids[:, i : i + 1]) for i in range(15, 19)], 1)
+        tokens = ids[:, 19:].clone()
+        decoder.make_step(tokens)()
+        expected = model(input_ids=ids).logits[:, 15:]
+    assert models.relative_error(found, expected[:, :-1].double()) < 1e-5
+    assert torch.equal(tokens[:, 0], expected[:, -1].argmax(-1))
+
+
 def test_other_dims_have_rows_of_their_own_in_the_table_of_errors():
     row = dict(mode='chunk', dtype='bf16', T=64, states=False, result='o', memory_tokens=1)
     rows = [
@@ -198,8 +274,14 @@ def test_result_files_name_commits_of_this_history():
     ('host', '--shape', 1, 256, 2, 64, '--calls', 50, '--lengths', 2),
     ('compiled', '--shape', 1, 128, 2, 64),
     ('models', '--model', 'Mamba-2, N 64'),
+    ('models', '--model', 'Mamba-2, N 64', '--whole'),
+    ('models', '--model', 'Mamba-2, N 64', '--step'),
+    ('training', '--batch', 1, '--length', 256),
+    ('training', '--decode', '--batch', 2),
 ], ids=lambda x: x[0])  # fmt: skip
 def test_what_is_measured_on_a_gpu(arguments, tmp_path, monkeypatch):
+    if arguments[0] == 'training':
+        pytest.importorskip('transformers', reason='transformers is not installed')
     path = tmp_path / 'rows.jsonl'
     call(monkeypatch, *arguments, '--out', path, '--commit', 'abc')
     machine, *rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -48,7 +48,7 @@ def test_stack_and_shared_memory():
 @pytest.mark.parametrize('call', [
     'chunk bfloat16 K 128 V 128 HK 4 packed', 'chunk bfloat16 K 128 V 64 HK 1 packed',
     'parallel bfloat16 K 128 V 128 HK 4 packed', 'chunk bfloat16 K 64 V 64 HK 4 many heads',
-    'chunk bfloat16 K 128 V 64 HK 1 many heads',
+    'chunk bfloat16 K 128 V 64 HK 1 many heads', 'scan bfloat16 K 128 V 64 HK 1',
 ])  # fmt: skip
 def test_kernels_for_hopper_fit_and_are_not_serialised(call):
     """No warning of ptxas that every product of the tensor cores is waited for, and no more than the shared memory."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / 'examples'
@@ -128,3 +129,16 @@ def test_notebook_is_kept_executed():
     assert not [output for output in outputs if output['output_type'] == 'error' or output.get('name') == 'stderr']
     assert [output for output in outputs if 'image/png' in output.get('data', {})]
     assert (EXAMPLES / 'simple_gla.ipynb').stat().st_size < 400_000
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_patched():
+    """The losses and the bytes are those of the model without the patch, but for rounding."""
+    pytest.importorskip('transformers', minversion='5.17', reason='transformers 5.17 or newer is not installed')
+    sizes = ('--width', 32, '--layers', 2, '--state', 8, '--length', 32, '--batch', 2, '--steps', 5, '--generate', 8)
+    result = run(*sizes, script='patch_mamba2.py')
+    assert result.returncode == 0, result.stderr
+    losses = [(float(a), float(b)) for a, b in re.findall(r'^loss of step \d+ +(\S+) +(\S+)$', result.stdout, re.M)]
+    bound = 0.05 if torch.cuda.is_available() else 1e-3  # in bfloat16 there
+    assert len(losses) == 5 and all(abs(a - b) < bound for a, b in losses), result.stdout
+    assert 'a byte that is written' in result.stdout

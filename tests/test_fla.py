@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import inspect
 import sys
 
@@ -19,16 +18,6 @@ MODES = ('chunk', 'fused_chunk', 'fused_recurrent', 'parallel')
 def fla():
     """The operators of fla-core."""
     return pytest.importorskip('fla.ops.simple_gla', reason='fla-core is not installed')
-
-
-@pytest.fixture(scope='module')
-def untuned(fla):
-    """Gives each kernel of fla one configuration. To tune them takes minutes, and only the numbers are compared."""
-    from triton.runtime.autotuner import Autotuner
-
-    for tuner in gc.get_objects():
-        if issubclass(type(tuner), Autotuner):  # isinstance asks a proxy for its object, which may be gone
-            tuner.configs = tuner.configs[:1]
 
 
 @pytest.fixture

@@ -284,9 +284,8 @@ def tile(H: int, P: int, BT: int, numbers: int) -> dict[str, int]:
 #                                     1, 16, 4     0.122 0.205
 #                                     4, 8, 4      0.125 0.212
 #                                     16, 1, 4     0.135 0.232
-def rows_tile(x: torch.Tensor) -> dict[str, int]:
-    H, P = x.shape[2:]
-    if not exists(x.device):  # the interpreter is slow with many programs
+def rows_tile(H: int, P: int, device: torch.device) -> dict[str, int]:
+    if not exists(device):  # the interpreter is slow with many programs
         return tile(H, P, 64, 64 * 1024) | dict(num_warps=2)
     return tile(H, P, 1, 1024) | dict(num_warps=2)
 
@@ -295,7 +294,7 @@ def rows_tile(x: torch.Tensor) -> dict[str, int]:
 def launch_prepare(tensors, options: ScanOptions):
     dt, _, _, _, x, _, _, v = tensors
     B, T, H = dt.shape
-    constants = tile(H, 1, 32, 1024) | dict(num_warps=4) if v is None else rows_tile(v)
+    constants = tile(H, 1, 32, 1024) | dict(num_warps=4) if v is None else rows_tile(H, v.shape[3], dt.device)
     grid = B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1
     args = *tensors, T, options.lowest, options.highest, *dt.stride(), *strides(x, 3)
     return prepare_kernel, grid, args, constants | dict(SOFTPLUS=options.softplus)
@@ -315,10 +314,10 @@ def launch_prepare_backward(tensors, options: ScanOptions):
 
 
 @launcher
-def launch_finish(tensors):
+def launch_finish(tensors, device):
     o, D, x, z, _ = tensors
-    B, T, H, _ = o.shape
-    constants = rows_tile(o)
+    B, T, H, P = o.shape
+    constants = rows_tile(H, P, device)
     args = *tensors, T, *strides(D, 2), *map_strides(x, z)
     return finish_kernel, (B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1), args, constants
 
@@ -326,8 +325,8 @@ def launch_finish(tensors):
 @launcher
 def launch_finish_backward(tensors):
     o, D, x, z, dy, *_ = tensors
-    B, T, H, _ = o.shape
-    constants = rows_tile(o)
+    B, T, H, P = o.shape
+    constants = rows_tile(H, P, o.device)
     args = *tensors, T, *strides(D, 2), *map_strides(x, z, dy)
     return finish_backward_kernel, (B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1), args, constants
 
@@ -336,98 +335,109 @@ def map_strides(*tensors: torch.Tensor | None) -> list[int]:
     return [stride for x in tensors for stride in strides(x, 3)]
 
 
-class Prepared(NamedTuple):
-    """What a scan is as an operator."""
+class AsOperator(NamedTuple):
+    """A scan as the operator."""
 
     inputs: Inputs
-    steps: Steps
-    is_folded: bool  # whether the sweeps take the step sizes and D, and v is x
+    steps: Steps | None  # what the sweeps take beyond the inputs: then v is x
     hopper: Sweeps | None
     setting: Setting
-    gates: tuple[torch.Tensor, torch.Tensor]  # step sizes and gates `[B, H, T]`
 
 
-def prepare(given: Tensors, options: ScanOptions, gates: tuple | None = None) -> Prepared:
-    """A part of a pass: step sizes, gates and, for sweeps that do not take these, v. The step sizes and gates of the
-    forward may be given.
-    """
-    x = given.x
-    B, T, H, P = x.shape
-    hopper = sweeps_for(given.C, given.B, x)
-    is_folded = hopper is not None and hopper.pairs and options.is_positive()
-    is_folded = is_folded and (given.D is None or given.D.dim() == 1)
-    v = x
-    if gates is None:
-        gates = tuple(empty(x, B, H, T, dtype=torch.float32) for _ in range(2))
-        v = x if is_folded else empty(x, B, T, H, P)
-        of_v = (None, None) if is_folded else (x, v)
-        launch_prepare((given.dt, given.dt_bias, given.A, given.seq_idx, of_v[0], *gates, of_v[1]), options)
-    dt, g = (y.transpose(1, 2) for y in gates)
-    inputs = Inputs(given.C, given.B, v, g, transposed(given.initial_states), given.cu_seqlens)
-    hopper, setting = chunk.choices(inputs, Options(1.0, precision=options.precision))
-    return Prepared(inputs, Steps(dt, given.skip()), is_folded, hopper, setting, gates)
+def is_folded(given: Tensors, options: ScanOptions) -> bool:
+    """Whether the sweeps take the step sizes and D, and read x."""
+    hopper = sweeps_for(given.C, given.B, given.x)
+    of_head = given.D is None or given.D.dim() == 1
+    return hopper is not None and hopper.pairs and options.is_positive() and of_head
+
+
+def as_operator(given: Tensors, prepared: tuple, options: ScanOptions) -> AsOperator:
+    """`prepared` are the step sizes and gates `[B, H, T]`, and v or None."""
+    dt, g, v = prepared
+    steps = Steps(dt.transpose(1, 2), given.skip()) if v is None else None
+    state = transposed(given.initial_states)
+    inputs = Inputs(given.C, given.B, given.x if v is None else v, g.transpose(1, 2), state, given.cu_seqlens)
+    return AsOperator(inputs, steps, *chunk.choices(inputs, Options(1.0, precision=options.precision)))
 
 
 @device_pass
-def forward_pass(given: tuple, options: ScanOptions):
+def prepare_pass(tensors: tuple, options: ScanOptions):
+    """The step sizes and gates `[B, H, T]`; and v, for sweeps that do not take these, or None."""
+    given = Tensors(*tensors)
+    x = given.x
+    B, T, H, P = x.shape
+    dt, g = (empty(x, B, H, T, dtype=torch.float32) for _ in range(2))
+    x, v = (None, None) if is_folded(given, options) else (x, empty(x, B, T, H, P))
+    launch_prepare((given.dt, given.dt_bias, given.A, given.seq_idx, x, dt, g, v), options)
+    return dt, g, v
+
+
+@device_pass
+def forward_pass(tensors: tuple, options: ScanOptions):
     """y, the final states `[N, H, N, P]` or None; and for the backward what z gates, the states between segments, and
     the step sizes and gates, each or None.
     """
-    given = Tensors(*given)
-    inputs, steps, is_folded, hopper, setting, gates = prepare(given, options)
-    of_op = Options(1.0, options.output)
-    o, final_state, states, _ = chunk.forward_pass(inputs, of_op, hopper, setting, steps if is_folded else None)
-    kept = None if setting.segment is None else states, *(gates if is_folded else (None, None))
-    D = None if is_folded else steps.D
+    given = Tensors(*tensors)
+    dt, g, v = prepare_pass(tensors, options)
+    inputs, steps, hopper, setting = as_operator(given, (dt, g, v), options)
+    o, final_state, states, _ = chunk.forward_pass(inputs, Options(1.0, options.output), hopper, setting, steps)
+    kept = None if setting.segment is None else states, *((None, None) if steps is None else (dt, g))
+    D = given.skip() if steps is None else None
     if D is None and given.z is None:
         return o, final_state, None, *kept
     y = empty(o, *o.shape)
-    launch_finish((o, D, None if D is None else given.x, given.z, y))
+    launch_finish((o, D, None if D is None else given.x, given.z, y), given.x.device)
     return y, final_state, None if given.z is None else o, *kept
+
+
+@device_pass
+def finish_backward_pass(tensors: tuple):
+    """The gradients of what z gates, and of z, from that, D and x, or None where D x is in it, z and dy."""
+    o, D, x, z, dy = tensors
+    do, dz = (empty(like, *z.shape) for like in (o, z))
+    launch_finish_backward((o, D, x, z, dy, do, dz))
+    return do, dz
 
 
 @device_pass
 def backward_pass(tensors: tuple, options: ScanOptions, needs: Tensors):
     """The gradients of x and dt; sums of parts of those of D, if the sweeps make it, dt_bias and A; the gradients of B
-    and C; parts of that of D, if the sweeps do not make it; the gradients of z and, transposed, of the initial states.
+    and C; parts of that of D, if the sweeps do not make it; and, transposed, the gradient of the initial states.
 
-    The tensors are those of the forward, what it has kept, and the gradients of y and of the final states.
+    The tensors are those of the forward, what the prepare pass has made, the states between segments or None, and the
+    gradients of o and of the final states. None of those in the role of q is allocated here, as a dry run has to know
+    their device.
     """
-    given, (o, states, *gates, dy, dstates) = Tensors(*tensors[:11]), tensors[11:]
-    x, z = given.x, given.z
+    given, (*prepared, states, do, dstates) = Tensors(*tensors[:11]), tensors[11:]
+    x = given.x
     B, T, H, P = x.shape
-    inputs, steps, is_folded, _, setting, _ = prepare(given, options, None if None in gates else tuple(gates))
-    D = None if is_folded else steps.D
-    do, dz = dy, None
-    if z is not None:
-        do, dz = (empty(like, *x.shape) for like in (x, z))
-        launch_finish_backward((o, D, None if D is None else x, z, dy, do, dz))
-
+    inputs, steps, _, setting = as_operator(given, tuple(prepared), options)
     needs_g = needs.dt or needs.A or needs.dt_bias
-    of_D = 8 * count_swept(B, T, setting.segment, given.cu_seqlens) if is_folded else 0
-    parts = max(B * cdiv(T, TOKENS), of_D)
-    sums = zeros(x, 3, parts, H, dtype=torch.float32) if needs_g or needs.D and is_folded else None
-    if is_folded:
+    parts = B * cdiv(T, TOKENS)
+    if steps is not None:
+        parts = max(parts, 8 * count_swept(B, T, setting.segment, given.cu_seqlens))
+    sums = zeros(x, 3, parts, H, dtype=torch.float32) if needs_g or needs.D and steps is not None else None
+    if steps is not None:
         ddt = empty(x, B, H, T, dtype=torch.float32).transpose(1, 2) if needs_g else None
         steps = steps._replace(ddt=ddt, dD=sums if needs.D else None)
     found = chunk.backward_pass(
-        (*inputs, inputs.initial_state if states is None else states, None, do, transposed(dstates)),
-        Gradients(needs.C, needs.B, needs.x or needs_g and not is_folded, needs_g, needs.initial_states),
+        (*inputs, inputs.initial_state if states is None else states, None, do, dstates),
+        Gradients(needs.C, needs.B, needs.x or needs_g and steps is None, needs_g, needs.initial_states),
         setting,
-        steps if is_folded else None,
+        steps,
     )  # fmt: skip
-    dx, ddt, dD = found.v, None, None
-    if not is_folded:
+    dx, ddt, dD, rows, dsteps = found.v, None, None, (None,) * 6, None
+    if steps is None:
         dx = empty(x, B, T, H, P) if needs.x else None
         dD = empty(x, parts, H, P, dtype=torch.float32) if needs.D else None
-    if needs_g or not is_folded and (needs.x or needs.D):
+        rows = given.skip(), x, found.v, None if given.D is None else do, dx, dD
+    else:
+        dsteps = steps.ddt
+    if needs_g or steps is None and (needs.x or needs.D):
         ddt = empty(given.dt, B, T, H) if needs.dt else None
-        rows = (None,) * 5 if is_folded else (x, found.v, None if D is None else do, dx, dD)
-        of_sums = sums if needs_g else None
-        launch_prepare_backward(
-            (given.dt, given.dt_bias, given.A, steps.dt, steps.ddt, found.g, D, *rows, ddt, of_sums), options
-        )
-    return dx, ddt, sums, found.k, found.q, dD, dz, found.initial_state
+        given_dt = given.dt, given.dt_bias, given.A, prepared[0], dsteps, found.g
+        launch_prepare_backward((*given_dt, *rows, ddt, sums if needs_g else None), options)
+    return dx, ddt, sums, found.k, found.q, dD, found.initial_state
 
 
 class ScanFunction(torch.autograd.Function):
@@ -444,13 +454,18 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None, dstate: torch.Tensor | None) -> tuple:
-        given, kept = Tensors(*ctx.saved_tensors[:11]), ctx.saved_tensors[11:]
-        needs = Tensors(*ctx.needs_input_grad[1:])
+        tensors, (o, states, *gates) = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
+        given, needs, options = Tensors(*tensors), Tensors(*ctx.needs_input_grad[1:]), ctx.options
+        folded = gates[0] is not None
+        prepared = (*gates, None) if folded else prepare_pass(tensors, options)
         dy = torch.zeros_like(given.x) if dy is None else rows_in_place(dy)
+        dz = None
         if given.z is None:
             dy = as_taken(dy, sweeps_for(given.C, given.B, given.x) is not None)
-        dstate = None if dstate is None else dstate.mT
-        dx, ddt, sums, dB, dC, dD, dz, dh0 = backward_pass((*given, *kept, dy, dstate), ctx.options, needs)
+        else:
+            of_D = (None, None) if folded or given.D is None else (given.skip(), given.x)
+            dy, dz = finish_backward_pass((o, *of_D, given.z, dy))
+        dx, ddt, sums, dB, dC, dD, dh0 = backward_pass((*tensors, *prepared, states, dy, dstate), options, needs)
         dA = dbias = None
         if sums is not None:
             of_D, dbias, dA = sums.sum(1)

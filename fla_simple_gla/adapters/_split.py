@@ -156,7 +156,7 @@ def check(given: Tensors, options: Options) -> Sizes:
         raise TypeError(f'zxbcdt must be bfloat16, float16 or float32 (on the CPU float64 too), got {zxbcdt.dtype}')
     if given.outproj_weight is None and given.outproj_bias is not None:
         raise ValueError('outproj_bias is given without outproj_weight')
-    check_options(options)
+    check_options(options, given.rmsnorm_weight is not None)
     sizes = find_sizes(given, options)
     heads, headdim, state, mlp = sizes
     batch, length, _ = zxbcdt.shape
@@ -221,7 +221,7 @@ def find_sizes(given: Tensors, options: Options) -> Sizes:
     return Sizes(heads, headdim, state, mlp)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: Options, has_norm: bool) -> None:
     for name in ('chunk_size', 'headdim', 'ngroups'):
         value = getattr(options, name)
         if name == 'headdim' and value is None:
@@ -234,7 +234,9 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, bool):
             raise TypeError(f'{name} must be a bool, got {type(value).__name__}')
-    limit, eps, dtype = options.dt_limit, options.rmsnorm_eps, options.state_dtype
+    limit, dtype = options.dt_limit, options.state_dtype
+    # without the norm's weight some models pass None
+    eps = options.rmsnorm_eps if has_norm else 0.0
     if not isinstance(limit, (tuple, list)) or not all(isinstance(x, Real) for x in limit):
         raise TypeError(f'dt_limit must be a tuple of two numbers, got {limit!r}')
     if len(limit) != 2 or not limit[0] <= limit[1]:

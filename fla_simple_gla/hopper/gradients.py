@@ -450,10 +450,11 @@ def hopper_gradient_kernel(
 
         K, V               dk and dv              dq
         64, 64             200,432     48,  60
-        64, 128            174,296     60, 112
+        64, 128            174,280     60, 112
         128, 64            224,240     36,  60
-        128, 64, pairs     224,984    184, 236    204,440    60, 64
-        128, 128           231,640     60, 112
+        128, 64, pairs     224,984    124, 176    204,440    40,  44
+        with step sizes, D 226,024    124, 164    205,496     80,  84
+        128, 128           231,624     60, 112
 
     A value partition multiplies its own columns of the published dS at once: it has written them. `key_partition` waits
     for all columns.

@@ -541,8 +541,8 @@ def hopper_wide_sweep_kernel(
 
         K of the role    o                     dq                    dk                     dv
         192              165,944    36,  36    190,696    12,  12    198,936    80, 108     165,944    28,  40
-        256              198,712   184, 360    223,464    64,  68    231,704   104, 160     198,712    96, 132
-        512              198,728   136, 184    223,480   112, 132    231,720   112, 224     198,728   120, 196
+        256              198,712   192, 376    223,464    68,  80    231,688   100, 156     198,712    92, 128
+        512              198,728   128, 184    223,480   104, 132    231,704   132, 244     198,728   112, 188
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Nor does it release q and k: both states do after they have waited for P, which was made of them.
