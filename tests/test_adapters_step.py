@@ -349,7 +349,7 @@ WRONG = [
     (TypeError, 'dt must be a floating-point', lambda given: dict(dt=given['dt'].int())),
     (TypeError, 'state is written in place', lambda given: dict(state=given['state'].to(torch.float8_e5m2))),
     (TypeError, 'dt_softplus must be a bool', lambda given: dict(dt_softplus=1)),
-    (TypeError, 'state_batch_indices must be int32', lambda given: dict(state_batch_indices=torch.zeros(3, device=DEVICE))),
+    (TypeError, 'state_batch_indices must be int32', lambda given: dict(state_batch_indices=given['x'][:, 0, 0])),
     (TypeError, 'state_batch_indices must be a torch.Tensor', lambda given: dict(state_batch_indices=[0, 1, 2])),
     (ValueError, r'state must have shape \[batch, nheads', lambda given: dict(state=given['state'][None])),
     (ValueError, 'state must have at least one', lambda given: dict(state=given['state'][..., :0])),
