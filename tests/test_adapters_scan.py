@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from harness import DEVICE, GPU, HALF, PLANS, TOLERANCE, assert_same_bits, needs_gpu, rms_error, segments_of
 
+from fla_simple_gla.adapters import _scan
 from fla_simple_gla.adapters.mamba_ssm import mamba_chunk_scan_combined
 
 # the gradients of these are sums over tokens
@@ -209,6 +210,19 @@ def test_in_pytorch(case):
         assert rms_error(found, expected) < 1e-6  # step sizes of fp32 gates
 
 
+def test_step_sizes():
+    """To fp32 accuracy, however small. NaN stays NaN, and -inf, which some set for padding, is no step."""
+    dt = torch.cat([torch.linspace(-80, 80, 1601), torch.tensor([-math.inf, math.inf, math.nan])]).to(DEVICE)
+    x, A = torch.ones(1, len(dt), 1, 16, device=DEVICE), torch.ones(1, device=DEVICE)
+    given = _scan.Tensors(x, dt[None, :, None], A, x, x)
+    found, gates, _ = _scan.prepare_pass(given, _scan.ScanOptions(True, 0.0, math.inf, False, None))
+    exact = torch.nn.functional.softplus(dt.double(), threshold=100.0)
+    assert torch.equal(found[..., :-1], gates[..., :-1])  # A is one
+    error = ((found.flatten() - exact) / exact)[:-3].abs()
+    assert (error < 1e-7 * (10 + dt[:-3].abs())).all()  # the exponential of a GPU rounds its argument
+    assert found[0, 0, -3] == 0 and found[0, 0, -2] == math.inf and found[0, 0, -1].isnan()
+
+
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize(
     'case', [Case(T=70, dtype=HALF)] + [dataclasses.replace(PAIRS, T=70, dtype=HALF)] * GPU, ids=str
@@ -284,6 +298,18 @@ def test_under_a_compiler(T):
     assert found.shape == expected.shape and torch.allclose(found, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_under_autocast(dtype):
+    """It has no part in this, as in mamba_ssm: by kernels or by PyTorch."""
+    case = Case(T=30, dtype=dtype)
+    given = make(case, DEVICE if dtype == torch.float32 else 'cpu')
+    tensors = [given[name] for name in 'x dt A B C'.split()]
+    expected = mamba_chunk_scan_combined(*tensors, 256, given['D'], given['z'], dt_softplus=True)
+    with torch.autocast(given['x'].device.type, torch.bfloat16):
+        found = mamba_chunk_scan_combined(*tensors, 256, given['D'], given['z'], dt_softplus=True)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
 WRONG = [
     ({'x': lambda x: x[0]}, ValueError, 'x must have 4 dimensions'),
     ({'x': lambda x: x.double()}, TypeError, '(?:x|B) must'),
@@ -297,7 +323,9 @@ WRONG = [
     ({'dt_bias': lambda x: x.int()}, TypeError, 'dt_bias must be a floating'),
     ({'initial_states': lambda x: x.mT[..., :-1]}, ValueError, 'initial_states must have shape'),
     ({'A': lambda x: x.to('meta')}, ValueError, "A must be on x's device"),
-    ({'chunk_size': 0}, ValueError, 'chunk_size must be'),
+    ({'chunk_size': 0}, ValueError, 'chunk_size must be positive'),
+    ({'chunk_size': 1.0}, TypeError, 'chunk_size must be an int'),
+    ({'dt_limit': 1.0}, TypeError, 'dt_limit must be a tuple'),
     ({'dt_limit': (1.0, 0.0)}, ValueError, 'dt_limit must be'),
     ({'state_dtype': torch.int32}, TypeError, 'state_dtype must be'),
     ({'seq_idx': torch.zeros(2, 20)}, TypeError, 'seq_idx must be int32 or int64'),

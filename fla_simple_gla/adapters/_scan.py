@@ -18,7 +18,9 @@ The forward keeps what it was given, with z also what is gated, and the states b
 CPU tensors, compilers and whatever else sees operators of PyTorch take the same steps in PyTorch (`composed`).
 """
 
+import contextlib
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ TOKENS = 64
 
 @jit
 def step_size(dt, bias, lowest, highest, SOFTPLUS: tl.constexpr):
-    """The step size, the derivative of it by dt, which is zero outside of the limits."""
+    """The step size, and its derivative by dt, which is zero outside of the limits."""
     b = dt.to(tl.float32) + bias
     slope = 1.0
     if SOFTPLUS:
@@ -49,7 +51,7 @@ def step_size(dt, bias, lowest, highest, SOFTPLUS: tl.constexpr):
         e = tl.exp(-tl.abs(b))
         u = 1.0 + e
         log = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-        b = tl.where(b > 0, b, 0.0) + log + (b - b)  # NaN stays NaN
+        b = tl.where(b > 0, b, 0.0) + log
     slope = tl.where((b < lowest) | (b > highest), 0.0, slope)
     b = tl.where(b < lowest, lowest, b)
     return tl.where(b > highest, highest, b), slope
@@ -493,10 +495,13 @@ def composed(given: Tensors, options: ScanOptions) -> tuple[torch.Tensor, torch.
     if seq_idx is not None:
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
         g = g.masked_fill(begins[:, :, None], -math.inf)
-    y, final_states = chunk.chunk_simple_gla(
-        C, B, (dt[..., None] * x).to(x.dtype), g, scale=1.0, initial_state=transposed(states),
-        output_final_state=options.output, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    # as the kernels, in x's dtype whatever autocast says
+    has_autocast = x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+        y, final_states = chunk.chunk_simple_gla(
+            C, B, (dt[..., None] * x).to(x.dtype), g, scale=1.0, initial_state=transposed(states),
+            output_final_state=options.output, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     if D is not None:
         y = y + given.skip() * x
     if z is not None:
@@ -570,12 +575,20 @@ def check(given: Tensors, options: dict[str, Any]) -> None:
 
 
 def check_options(chunk_size: int, dt_limit: tuple[float, float], state_dtype: torch.dtype | None) -> None:
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f'chunk_size must be a positive int, got {chunk_size!r}')
+    check_positive('chunk_size', chunk_size)
+    if not isinstance(dt_limit, (tuple, list)) or not all(isinstance(x, Real) for x in dt_limit):
+        raise TypeError(f'dt_limit must be a tuple of two numbers, got {dt_limit!r}')
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f'dt_limit must be a smallest and a largest step size, got {dt_limit!r}')
     if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
         raise TypeError(f'state_dtype must be a floating dtype or None, got {state_dtype!r}')
+
+
+def check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f'{name} must be an int, got {type(value).__name__}')
+    if value < 1:
+        raise ValueError(f'{name} must be positive, got {value}')
 
 
 def scan(given: Tensors, options: ScanOptions) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from .. import _validation
 from ._norm import NormOptions, gated_rms_norm, takes_kernels
-from ._scan import mamba_chunk_scan_combined
+from ._scan import check_options, check_positive, mamba_chunk_scan_combined
 
 WIDTHS = (2, 3, 4)  # of the filters that causal_conv1d takes
 
@@ -156,7 +156,7 @@ def check(given: Tensors, options: Options) -> Sizes:
         raise TypeError(f'zxbcdt must be bfloat16, float16 or float32 (on the CPU float64 too), got {zxbcdt.dtype}')
     if given.outproj_weight is None and given.outproj_bias is not None:
         raise ValueError('outproj_bias is given without outproj_weight')
-    check_options(options, given.rmsnorm_weight is not None)
+    check_numbers(options, given.rmsnorm_weight is not None)
     sizes = find_sizes(given, options)
     heads, headdim, state, mlp = sizes
     batch, length, _ = zxbcdt.shape
@@ -221,34 +221,23 @@ def find_sizes(given: Tensors, options: Options) -> Sizes:
     return Sizes(heads, headdim, state, mlp)
 
 
-def check_options(options: Options, has_norm: bool) -> None:
-    for name in ('chunk_size', 'headdim', 'ngroups'):
-        value = getattr(options, name)
-        if name == 'headdim' and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f'{name} must be an int, got {type(value).__name__}')
-        if value < 1:
-            raise ValueError(f'{name} must be positive, got {value}')
+def check_numbers(options: Options, has_norm: bool) -> None:
+    check_options(options.chunk_size, options.dt_limit, options.state_dtype)
+    if options.headdim is not None:
+        check_positive('headdim', options.headdim)
+    check_positive('ngroups', options.ngroups)
     for name in ('return_final_states', 'norm_before_gate'):
         value = getattr(options, name)
         if not isinstance(value, bool):
             raise TypeError(f'{name} must be a bool, got {type(value).__name__}')
-    limit, dtype = options.dt_limit, options.state_dtype
-    # without the norm's weight some models pass None
-    eps = options.rmsnorm_eps if has_norm else 0.0
-    if not isinstance(limit, (tuple, list)) or not all(isinstance(x, Real) for x in limit):
-        raise TypeError(f'dt_limit must be a tuple of two numbers, got {limit!r}')
-    if len(limit) != 2 or not limit[0] <= limit[1]:
-        raise ValueError(f'dt_limit must be a smallest and a largest step size, got {limit!r}')
     if options.activation not in (None, 'silu', 'swish'):
         raise ValueError(f"activation must be 'silu', 'swish' or None, got {options.activation!r}")
+    # without the norm's weight some models pass None
+    eps = options.rmsnorm_eps if has_norm else 0.0
     if not isinstance(eps, Real) or isinstance(eps, bool):
         raise TypeError(f'rmsnorm_eps must be a number, got {type(eps).__name__}')
     if not 0 <= eps < math.inf:
         raise ValueError(f'rmsnorm_eps must be finite and not negative, got {eps}')
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f'state_dtype must be a floating dtype or None, got {dtype!r}')
 
 
 def mamba_split_conv1d_scan_combined(
