@@ -71,6 +71,14 @@ LENGTH |= {'segments': 600 if GPU else 280, 'fused_recurrent': 100 if GPU else 2
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 6e-3)}
 
 
+def shown(case) -> str:
+    """The fields of a case, a dataclass, that are not at their defaults."""
+    fields = [
+        f'{f.name}={getattr(case, f.name)}' for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
+    ]
+    return ','.join(fields).replace('torch.', '').replace(' ', '')
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     T: int
@@ -98,10 +106,7 @@ class Case:
     seed: int = 0
 
     def __str__(self):
-        shown = [
-            f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        ]
-        return ','.join(shown).replace('torch.', '').replace(' ', '')
+        return shown(self)
 
     def of(self, mode: str) -> 'Case':
         """The case, without states where the mode has none."""

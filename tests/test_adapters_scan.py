@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, GPU, HALF, PLANS, TOLERANCE, assert_same_bits, needs_gpu, rms_error, segments_of
+from harness import DEVICE, GPU, HALF, PLANS, TOLERANCE, assert_same_bits, needs_gpu, rms_error, segments_of, shown
 
 from fla_simple_gla.adapters import _scan
 from fla_simple_gla.adapters.mamba_ssm import mamba_chunk_scan_combined
@@ -35,9 +35,7 @@ class Case:
     projection: bool = False  # x, B, C, z and dt are slices of one tensor
 
     def __str__(self):
-        shown = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        different = [f'{name}={value}' for name, value in shown if value != getattr(Case(), name)]
-        return ','.join(different).replace('torch.', '').replace(' ', '') or 'all'
+        return shown(self) or 'all'
 
 
 def make(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:

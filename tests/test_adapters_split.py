@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, GPU, HALF, TOLERANCE, needs_gpu, poisoned_memory, rms_error
+from harness import DEVICE, GPU, HALF, TOLERANCE, needs_gpu, poisoned_memory, rms_error, shown
 
 from fla_simple_gla.adapters import _norm, _split
 from fla_simple_gla.adapters._norm import NormOptions, gated_rms_norm
@@ -42,9 +42,7 @@ class Case:
     out_bias: bool = True
 
     def __str__(self):
-        shown = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        different = [f'{name}={value}' for name, value in shown if value != getattr(Case(), name)]
-        return ','.join(different).replace('torch.', '').replace(' ', '') or 'plain'
+        return shown(self) or 'plain'
 
 
 def make(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:

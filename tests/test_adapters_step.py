@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, HALF, TOLERANCE, assert_same_bits, needs_gpu, poisoned_memory, rms_error
+from harness import DEVICE, HALF, TOLERANCE, assert_same_bits, needs_gpu, poisoned_memory, rms_error, shown
 
 from fla_simple_gla._cache import Cache
 from fla_simple_gla.adapters import _step
@@ -35,9 +35,7 @@ class Case:
     layout: str = 'contiguous'  # or 'projection', 'transposed', 'odd', 'expanded'
 
     def __str__(self):
-        shown = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        different = [f'{name}={value}' for name, value in shown if value != getattr(Case(), name)]
-        return ','.join(different).replace('torch.', '').replace(' ', '') or 'all'
+        return shown(self) or 'all'
 
 
 def make(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:

@@ -183,45 +183,17 @@ def finish_kernel(
     o,  # [B, T, H, P]
     D,  # [H, P], any strides, or None where o has D x in it
     x, z,  # [B, T, H, P], any strides with contiguous rows; or None
-    y,  # [B, T, H, P]
-    T,
-    D_h, D_p,
-    x_b, x_t, x_h,
-    z_b, z_t, z_h,
-    H: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """y = (o + D x) silu(z) of BH heads of BT tokens."""
-    i_b = (tl.program_id(0) // tl.cdiv(T, BT)).to(tl.int64)
-    o_t = (tl.program_id(0) % tl.cdiv(T, BT) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
-    o_h = (tl.program_id(1) * BH + tl.arange(0, BH)).to(tl.int64)[None, :]
-    o_p = tl.arange(0, BP)[None, None, :]
-    mask = ((o_t < T) & (o_h < H))[:, :, None] & (o_p < P)
-    o_o = (((i_b * T + o_t) * H + o_h) * P)[:, :, None] + o_p
-    b_y = tl.load(o + o_o, mask=mask, other=0.0).to(tl.float32)
-    if D is not None:
-        b_x = tl.load(x + i_b * x_b + (o_t * x_t + o_h * x_h)[:, :, None] + o_p, mask=mask, other=0.0)
-        b_D = tl.load(D + (o_h * D_h)[:, :, None] + o_p * D_p, mask=mask, other=0.0)
-        b_y += b_x.to(tl.float32) * b_D.to(tl.float32)
-    if z is not None:
-        b_z = tl.load(z + i_b * z_b + (o_t * z_t + o_h * z_h)[:, :, None] + o_p, mask=mask, other=0.0).to(tl.float32)
-        b_y *= b_z * tl.sigmoid(b_z)
-    tl.store(y + o_o, b_y, mask=mask)
-
-
-@jit(do_not_specialize=['T'], repr=kernel_name('ssd_finish_backward'))
-def finish_backward_kernel(
-    o,  # [B, T, H, P]
-    D,  # [H, P], any strides, or None where o has D x in it
-    x, z, dy,  # [B, T, H, P], any strides with contiguous rows
-    do, dz,  # [B, T, H, P]
+    dy,  # likewise; None in the forward
+    y, dz,  # [B, T, H, P]: y and None; in the backward the gradients of o + D x and of z
     T,
     D_h, D_p,
     x_b, x_t, x_h,
     z_b, z_t, z_h,
     dy_b, dy_t, dy_h,
+    ROLE: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of o + D x and of z, of BH heads of BT tokens."""
+    """y = (o + D x) silu(z) of BH heads of BT tokens, or its backward."""
     i_b = (tl.program_id(0) // tl.cdiv(T, BT)).to(tl.int64)
     o_t = (tl.program_id(0) % tl.cdiv(T, BT) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     o_h = (tl.program_id(1) * BH + tl.arange(0, BH)).to(tl.int64)[None, :]
@@ -233,11 +205,17 @@ def finish_backward_kernel(
         b_x = tl.load(x + i_b * x_b + (o_t * x_t + o_h * x_h)[:, :, None] + o_p, mask=mask, other=0.0)
         b_D = tl.load(D + (o_h * D_h)[:, :, None] + o_p * D_p, mask=mask, other=0.0)
         b_o += b_x.to(tl.float32) * b_D.to(tl.float32)
-    b_z = tl.load(z + i_b * z_b + (o_t * z_t + o_h * z_h)[:, :, None] + o_p, mask=mask, other=0.0).to(tl.float32)
-    b_dy = tl.load(dy + i_b * dy_b + (o_t * dy_t + o_h * dy_h)[:, :, None] + o_p, mask=mask, other=0.0).to(tl.float32)
-    open = tl.sigmoid(b_z)
-    tl.store(do + o_o, b_dy * b_z * open, mask=mask)
-    tl.store(dz + o_o, b_dy * b_o * open * (1.0 + b_z * (1.0 - open)), mask=mask)
+    if z is not None:
+        p_z = z + i_b * z_b + (o_t * z_t + o_h * z_h)[:, :, None] + o_p
+        b_z = tl.load(p_z, mask=mask, other=0.0).to(tl.float32)
+        b_s = tl.sigmoid(b_z)
+        if dy is not None:
+            p_dy = dy + i_b * dy_b + (o_t * dy_t + o_h * dy_h)[:, :, None] + o_p
+            b_dy = tl.load(p_dy, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dz + o_o, b_dy * b_o * b_s * (1.0 + b_z * (1.0 - b_s)), mask=mask)
+            b_o = b_dy
+        b_o *= b_z * b_s
+    tl.store(y + o_o, b_o, mask=mask)
 
 
 class ScanOptions(NamedTuple):
@@ -317,20 +295,11 @@ def launch_prepare_backward(tensors, options: ScanOptions):
 
 @launcher
 def launch_finish(tensors, device):
-    o, D, x, z, _ = tensors
-    B, T, H, P = o.shape
-    constants = rows_tile(H, P, device)
-    args = *tensors, T, *strides(D, 2), *map_strides(x, z)
-    return finish_kernel, (B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1), args, constants
-
-
-@launcher
-def launch_finish_backward(tensors):
     o, D, x, z, dy, *_ = tensors
     B, T, H, P = o.shape
-    constants = rows_tile(H, P, o.device)
+    constants = dict(ROLE='y' if dy is None else 'dz') | rows_tile(H, P, device)
     args = *tensors, T, *strides(D, 2), *map_strides(x, z, dy)
-    return finish_backward_kernel, (B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1), args, constants
+    return finish_kernel, (B * cdiv(T, constants['BT']), cdiv(H, constants['BH']), 1), args, constants
 
 
 def map_strides(*tensors: torch.Tensor | None) -> list[int]:
@@ -388,7 +357,7 @@ def forward_pass(tensors: tuple, options: ScanOptions):
     if D is None and given.z is None:
         return o, final_state, None, *kept
     y = empty(o, *o.shape)
-    launch_finish((o, D, None if D is None else given.x, given.z, y), given.x.device)
+    launch_finish((o, D, None if D is None else given.x, given.z, None, y, None), given.x.device)
     return y, final_state, None if given.z is None else o, *kept
 
 
@@ -397,7 +366,7 @@ def finish_backward_pass(tensors: tuple):
     """The gradients of what z gates, and of z, from that, D and x, or None where D x is in it, z and dy."""
     o, D, x, z, dy = tensors
     do, dz = (empty(like, *z.shape) for like in (o, z))
-    launch_finish_backward((o, D, x, z, dy, do, dz))
+    launch_finish((o, D, x, z, dy, do, dz), o.device)
     return do, dz
 
 
