@@ -419,8 +419,9 @@ class Skip:
 @aggregate
 class Gates:
     """Of each chunk in a ring, and of each head of a task, the sums of its gates `[C]`, and the decays from its start
-    `[C]`, times the scale, to its end `[C]`, and over all of it `[1]`. Step sizes are in what belongs to the tokens of
-    k: in the decays to the end as factors, and in `key_sums`, which are else the sums, as log 2 taken off.
+    `[C]`, times the scale, to its end `[C]`, and over all of it `[1]`. Where there are step sizes, which are factors of
+    the tokens of k, they are in the decays to the end, and `key_sums` are the sums less their logarithms. Elsewhere
+    `key_sums` are the sums.
     """
 
     sums: gl.shared_memory_descriptor

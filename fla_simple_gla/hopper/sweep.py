@@ -366,7 +366,7 @@ def hopper_sweep_kernel(
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.
-    With D a state has v until it stores o.
+    With D a state releases them after it has stored o, for which it reads v once more.
     """
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
