@@ -28,6 +28,7 @@ class Case:
     D: int | None = 1  # dimensions
     z: bool = True
     bias: bool = True
+    shift: float = -2.0  # of the bias
     states: bool = True
     softplus: bool = True
     limit: tuple[float, float] = (0.0, math.inf)
@@ -50,7 +51,8 @@ def make(case: Case, device=DEVICE) -> dict[str, torch.Tensor | None]:
         'x': normal(b, T, H, P, dtype=case.dtype), 'dt': normal(b, T, H, dtype=case.dtype), 'A': -normal(H).exp(),
         'B': normal(b, T, G, N, dtype=case.dtype), 'C': normal(b, T, G, N, dtype=case.dtype),
         'D': {None: None, 1: normal(H), 2: normal(H, P)}[case.D],
-        'z': normal(b, T, H, P, dtype=case.dtype) if case.z else None, 'dt_bias': normal(H) - 2 if case.bias else None,
+        'z': normal(b, T, H, P, dtype=case.dtype) if case.z else None,
+        'dt_bias': normal(H) + case.shift if case.bias else None,
         'initial_states': normal(b, H, P, N) if case.states else None,
     }  # fmt: skip
     if case.projection:
@@ -150,6 +152,7 @@ CASES = [
     Case(softplus=False),
     Case(softplus=False, limit=(-0.02, 1.0)),
     Case(limit=(0.05, 0.2)),
+    Case(shift=-8.0),  # step sizes of 1e-5 to 1e-2
     Case(starts=(1, 64, 100)),
     Case(T=90, H=6, G=3, P=24, N=40),
     Case(T=1),
@@ -174,8 +177,9 @@ def test_16_bits(case, dtype):
     'change',
     [
         {}, {'D': 2, 'projection': True}, {'D': None}, {'z': False}, {'z': False, 'D': None, 'states': False},
-        {'limit': (0.05, 0.2)}, {'starts': (1, 64, 200)}, {'P': 40, 'N': 72}, {'H': 16, 'G': 2, 'batch': 3},
-        {'softplus': False}, {'H': 160, 'T': 70, 'batch': 4}, {'dtype': torch.float16}, {'N': 256}, {'G': 8},
+        {'limit': (0.05, 0.2)}, {'shift': -8.0}, {'starts': (1, 64, 200)}, {'P': 40, 'N': 72},
+        {'H': 16, 'G': 2, 'batch': 3}, {'softplus': False}, {'H': 160, 'T': 70, 'batch': 4}, {'dtype': torch.float16},
+        {'N': 256}, {'G': 8},
     ],
     ids=str,
 )  # fmt: skip
@@ -268,6 +272,17 @@ def test_states_of_sequences():
             *part, 256, dt_softplus=True, dt_bias=given['dt_bias'], return_final_states=True
         )
         assert rms_error(found[i : i + 1], state) < 1e-5
+
+
+def test_numbers_of_sequences_are_a_slice():
+    case = Case(T=70, starts=(1, 64))
+    given = make(case)
+    tensors = [given[name] for name in 'x dt A B C'.split()]
+    numbers = number_of_sequence(case)
+    expected = mamba_chunk_scan_combined(*tensors, 256, dt_softplus=True, seq_idx=numbers)
+    slice_of = torch.stack([numbers, numbers], -1)[..., 0]
+    assert not slice_of.is_contiguous()
+    assert torch.equal(mamba_chunk_scan_combined(*tensors, 256, dt_softplus=True, seq_idx=slice_of), expected)
 
 
 def test_results_that_are_asked_for():

@@ -560,6 +560,11 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f'{name} must be positive, got {value}')
 
 
+def as_contiguous(x: Any) -> Any:
+    """Integers of tokens or sequences, which may be a slice of others'; what is no tensor as it is."""
+    return x.contiguous() if isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_nested else x
+
+
 def scan(given: Tensors, options: ScanOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y and the final states `[N, nheads, headdim, dstate]`, or None."""
     if takes_kernels(given):
@@ -646,7 +651,8 @@ def mamba_chunk_scan_combined(
         >>> mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, dt_softplus=True).shape
         torch.Size([1, 100, 4, 64])
     """
-    given = Tensors(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+    seq_idx = as_contiguous(seq_idx)
+    given = Tensors(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, as_contiguous(cu_seqlens))
     check(given, dict(chunk_size=chunk_size, dt_limit=dt_limit, state_dtype=state_dtype))
     precision = None if torch.compiler.is_compiling() else fp32_precision(x.dtype)
     options = ScanOptions(bool(dt_softplus), *map(float, dt_limit), bool(return_final_states), precision)

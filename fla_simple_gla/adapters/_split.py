@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from .. import _validation
 from ._norm import NormOptions, gated_rms_norm, takes_kernels
-from ._scan import check_options, check_positive, mamba_chunk_scan_combined
+from ._scan import as_contiguous, check_options, check_positive, mamba_chunk_scan_combined
 
 WIDTHS = (2, 3, 4)  # of the filters that causal_conv1d takes
 
@@ -333,6 +333,7 @@ def mamba_split_conv1d_scan_combined(
         >>> mamba_split_conv1d_scan_combined(zxbcdt, weight, bias, dt_bias, A, D, chunk_size=256, headdim=headdim).shape
         torch.Size([1, 100, 256])
     """
+    seq_idx = as_contiguous(seq_idx)
     given = Tensors(
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, rmsnorm_weight, outproj_weight,
         outproj_bias,
