@@ -8,7 +8,8 @@ The result files, each with the command that made it in its first line:
 
     python -m benchmarks run --out benchmarks/results/h200/run.jsonl
 
-and so on for models, peers, plain, shapes, decode, host, compiled and accuracy; a folder for each card.
+and so on for models, peers, plain, shapes, decode, host, compiled, training and accuracy; a folder for each card. Three
+more files are scan, step and generation: of `models --whole`, `models --step` and `training --decode`.
 """
 
 import argparse
@@ -22,11 +23,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .measuring import ROOT, dims_label, label
+from .training import FUNCTIONS
 
 FOLDER = ROOT / 'benchmarks' / 'results'
 FIGURES = ROOT / 'docs' / 'figures'
-PAGES = ('README.md', 'README.zh-CN.md', 'docs/performance.md', 'docs/numerics.md')
 BLOCK = re.compile(r'(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)', re.DOTALL)
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+    if BLOCK.search(path.read_text())
+]
 
 HEADLINE = (8, 8192, 16, 128)
 CARDS = ('h200', 'h100')
@@ -39,6 +45,9 @@ NAMES = {
     'cuDNN attention': 'cuDNN causal attention',
     'flash attention': 'FlashAttention-2 of PyTorch',
     'nothing': 'PyTorch alone',
+    'fla_simple_gla': 'this library',
+    'mamba_ssm': 'mamba_ssm 2.3.2, its kernels in Triton',
+    'PyTorch': "transformers' own code in PyTorch",
 }
 PEERS = {'mamba_ssm': 'mamba_ssm', 'fla chunk': 'fla-core'}  # of `models`
 IN_CHINESE = NAMES | {'cuDNN attention': 'cuDNN 因果注意力'}
@@ -131,7 +140,7 @@ def headline_table(rows: dict[str, dict], names: dict[str, str], headings: list[
 def layers(headings: list[str], files: Files) -> str:
     """Forward and backward of layers of models, beside the peer of each, without rows that have dims for a name."""
     cells = []
-    for row, others in models_and_peers(files['h200/models']):
+    for row, others in models_and_peers(files['h200/models'], 'chunk'):
         for other in others if not row['model'].startswith('K ') else []:
             times = [digits(row['both_ms']), f'{digits(other["both_ms"])} ({PEERS[other["implementation"]]})']
             times.append(f'{other["both_ms"] / row["both_ms"]:.1f}')
@@ -140,11 +149,11 @@ def layers(headings: list[str], files: Files) -> str:
     return markdown(headings, cells)
 
 
-def models_and_peers(results: Results) -> list[tuple[dict, list[dict]]]:
-    """The rows of this library, each with those of its peers."""
+def models_and_peers(results: Results, name: str) -> list[tuple[dict, list[dict]]]:
+    """The rows of this library, which have that name there, each with those of its peers."""
     return [
         (row, [x for x in results.find(model=row['model']) if x['implementation'] in PEERS])
-        for row in results.find(implementation='chunk')
+        for row in results.find(implementation=name)
     ]
 
 
@@ -261,11 +270,11 @@ def dims_of(row: dict) -> str | None:
     return 'K {} V {}'.format(*dims) + (', heads share q and k' if dims[2] < 8 else '')
 
 
-def models(card: str, files: Files) -> str:
+def models(card: str, files: Files, file: str = 'models', name: str = 'chunk') -> str:
     """The dims of models, beside what others take."""
-    results = files[f'{card}/models']
+    results = files[f'{card}/{file}']
     cells = []
-    for row, others in models_and_peers(results):
+    for row, others in models_and_peers(results, name):
         cell = [f'{row["model"]}: {dims_label(row)}']
         for x in ('forward', 'both'):
             ms, limit = row[f'{x}_ms'], row[f'{x}_limit_ms']
@@ -275,6 +284,51 @@ def models(card: str, files: Files) -> str:
         cells.append([*cell, ' / '.join(memory), f'{row["error"]:.1e}'])
     headings = ['model', 'forward', 'limit', 'peer', 'forward + backward', 'limit', 'peer', 'MiB / peer', 'error']
     return markdown(headings, cells) + source(results)
+
+
+def scan(card: str, files: Files) -> str:
+    """The scan of Mamba-2 at the dims of models."""
+    return models(card, files, 'scan', 'fla_simple_gla')
+
+
+def step(card: str, files: Files) -> str:
+    """Microseconds of a step of Mamba-2, a column for a batch and an implementation."""
+    results = files[f'{card}/step']
+    batches = sorted({row['batch'] for row in results.rows})
+    cells = []
+    for states in dict.fromkeys((row['model'], row['states']) for row in results.rows):
+        found = results.find(model=states[0], states=states[1])
+        name = '{0}: H{1[H]} HK{1[HK]} K{1[K]} V{1[V]}, states in {2}'.format(states[0], found[0], states[1])
+        by_batch = {(row['batch'], row['implementation']): row for row in found}
+        cell = [name]
+        for N in batches:
+            ours, theirs = (by_batch.get((N, x)) for x in ('fla_simple_gla', 'mamba_ssm'))
+            share = '' if ours is None else f' ({ours["floor_us"] / ours["device_us"]:.0%})'
+            cell += ['' if x is None else digits(x['device_us']) + more for x, more in ((ours, share), (theirs, ''))]
+        cells.append(cell)
+    headings = [x for N in batches for x in (f'batch {N} (share)', 'mamba_ssm')]
+    return markdown(['microseconds', *headings], cells) + source(results)
+
+
+def training(card: str, files: Files) -> str:
+    results = files[f'{card}/training']
+    cells = []
+    for row in results.rows:
+        name = f'`{FUNCTIONS[row["function"]]}`, {NAMES[row["implementation"]]}'
+        difference = '-' if row['difference'] is None else f'{row["difference"]:.0e}'
+        cells.append([name, digits(row['step_ms']), f'{row["memory_mib"]:,.0f}', difference])
+    sizes = 'B{B} T{T}, {layers} layers; transformers {transformers}'.format(**results.rows[0])
+    return markdown([sizes, 'ms', 'MiB', 'difference of losses'], cells) + source(results)
+
+
+def generation(card: str, files: Files) -> str:
+    results = files[f'{card}/generation']
+    cells = []
+    for row in results.rows:
+        times = ['-' if row[x] is None else digits(row[x]) for x in ('eager_us', 'device_us')]
+        cells.append([f'batch {row["batch"]}, {NAMES[row["implementation"]]}', *times])
+    sizes = '{layers} layers; transformers {transformers}'.format(**results.rows[0])
+    return markdown([sizes, 'µs to a token, eager', 'on the GPU alone'], cells) + source(results)
 
 
 def source(results: Results) -> str:
@@ -294,7 +348,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     'accuracy': accuracy,
 }
 for _card in CARDS:
-    for _table in (speed, models, peers, plain, decode, host, compiled):
+    for _table in (speed, models, peers, plain, decode, host, compiled, scan, step, training, generation):
         TABLES[f'{_table.__name__}-{_card}'] = lambda files, table=_table, card=_card: table(card, files)
 
 

@@ -10,12 +10,14 @@ from ._plans import Inputs, Options
 
 
 class Steps(NamedTuple):
-    """What Mamba-2 adds to the operator (`adapters/_scan.py`). The values are x, each token's times its step size, and
-    `D x` is added to o. The sweeps of pairs of heads for Hopper take it, and read x itself.
+    """What Mamba-2 adds to the operator (`adapters/_scan.py`). The values are x, each token's times its step size,
+    `D x` is added to o, and o is gated by z. The sweeps of pairs of heads for Hopper take it, and read x itself.
     """
 
     dt: torch.Tensor  # [B, T, H] in fp32, not negative, and with the strides of the gates: those of one head contiguous
     D: torch.Tensor | None = None  # [H, V], any strides; for its gradient the same in all columns
+    z: torch.Tensor | None = None  # [B, T, H, V], of packed sequences None
+    y: torch.Tensor | None = None  # like z, contiguous: gets o silu(z)
     ddt: torch.Tensor | None = None  # like dt: gets its gradient, where that of the gates is needed
     dD: torch.Tensor | None = None  # [4, 2, sequences or segments, H] or more, zeros: gets sums of v . do
 

@@ -132,6 +132,29 @@ def test_the_table_of_models():
     assert 'Kimi:' in report.TABLES['layers'](files)
 
 
+def test_the_tables_of_adapters():
+    model = dict(model='one', B=1, T=2, H=4, HK=1, K=16, V=8)
+    times = dict(forward_limit_ms=0.05, both_limit_ms=0.5, memory_mib=1234.0, error=0.003)
+    ours = model | times | dict(implementation='fla_simple_gla', forward_ms=0.1, both_ms=2.0)
+    theirs = model | times | dict(implementation='mamba_ssm', forward_ms=0.3, both_ms=5.0)
+    step = model | dict(states='bfloat16', batch=1, implementation='fla_simple_gla', device_us=4.0, floor_us=1.0)
+    other_step = step | dict(batch=64, implementation='mamba_ssm', device_us=50.0)
+    both = dict(layers=2, transformers='5')
+    training = both | dict(B=1, T=2, function='scan', implementation='PyTorch', step_ms=1.5, memory_mib=7.0)
+    generation = both | dict(batch=3, implementation='mamba_ssm', eager_us=30.0, device_us=None)
+    rows = {'scan': [ours, theirs], 'step': [step, other_step]}
+    rows |= {'training': [training | dict(difference=2e-3)], 'generation': [generation]}
+    files = report.Files({f'h200/{name}': results_of(name, *found) for name, found in rows.items()})
+    expected = {
+        'scan': '| 0.100 | 0.050 (50%) | 0.300 (mamba_ssm) | 2.00 | 0.500 (25%) | 5.00 (mamba_ssm) |',
+        'step': '| one: H4 HK1 K16 V8, states in bfloat16 | 4.00 (25%) |  |  | 50.0 |',
+        'training': "| `mamba_chunk_scan_combined`, transformers' own code in PyTorch | 1.50 | 7 | 2e-03 |",
+        'generation': '| batch 3, mamba_ssm 2.3.2, its kernels in Triton | 30.0 | - |',
+    }
+    for name, line in expected.items():
+        assert line in report.TABLES[f'{name}-h200'](files)
+
+
 def test_the_limits_of_a_model():
     """Of bytes where heads share q and k and the state is small, and of products where it is large."""
     small, large = models.Model('', 1, 1000, 80, 1, 128, 64), models.Model('', 1, 1000, 4, 4, 512, 512)
@@ -232,6 +255,7 @@ def test_other_dims_have_rows_of_their_own_in_the_table_of_errors():
 
 
 def test_every_table_of_a_page_has_a_maker():
+    assert {'README.md', 'README.zh-CN.md', 'docs/performance.md', 'docs/numerics.md'} <= {*report.PAGES}
     for page in report.PAGES:
         names = [found[2] for found in report.BLOCK.finditer((ROOT / page).read_text())]
         assert names and {*names} <= {*report.TABLES}

@@ -8,8 +8,8 @@ This is Simple GLA with q = C, k = B, v = dt x, g = dt A, scale 1, and S = h^T. 
 
 1. The prepare kernel makes the step sizes dt and the gates g. A token that begins a sequence of `seq_idx` resets.
 2. `chunk.py` computes the operator. The sweeps of pairs of heads for Hopper take dt and D themselves (`_sweeps.Steps`)
-   and read x. For the other kernels the prepare kernel makes v too, and D x is added afterwards.
-3. The finish kernel adds D x where the sweep has not, and multiplies by silu(z).
+   and read x, and that for o makes y too. For the other kernels the prepare kernel makes v, and step 3 follows.
+3. The finish kernel adds D x, and multiplies by silu(z).
 
 The backward goes the other way: the finish kernel gives the gradients of z and of what was gated, the operator's
 backward those of C, B, v and g, and the prepare kernel those of dt, A and dt_bias, and of x and D where it has made v.
@@ -34,7 +34,7 @@ from .._plans import PLAIN, Gradients, Inputs, Options, fp32_precision, needs_op
 from .._private import none_is_active
 from .._sweeps import Setting, Steps, count_swept
 from .._triton import jit, kernel_name, runs_kernels, tl
-from ..hopper import Sweeps, as_taken, sweeps_for
+from ..hopper import Sweeps, as_taken, sweeps_for, takes
 
 # Tokens to a program of the backward of the prepare kernel.
 TOKENS = 64
@@ -351,9 +351,15 @@ def forward_pass(tensors: tuple, options: ScanOptions):
     given = Tensors(*tensors)
     dt, g, v = prepare_pass(tensors, options)
     inputs, steps, hopper, setting = as_operator(given, (dt, g, v), options)
+    y = None
+    if steps is not None and given.z is not None and given.z.dtype == given.x.dtype and takes(given.z):
+        y = empty(given.x, *given.x.shape)
+        steps = steps._replace(z=given.z, y=y)
     o, final_state, states, _ = chunk.forward_pass(inputs, Options(1.0, options.output), hopper, setting, steps)
     kept = None if setting.segment is None else states, *((None, None) if steps is None else (dt, g))
     D = given.skip() if steps is None else None
+    if y is not None:
+        return y, final_state, o, *kept
     if D is None and given.z is None:
         return o, final_state, None, *kept
     y = empty(o, *o.shape)

@@ -623,7 +623,7 @@ def sweep(operands: Operands, do: torch.Tensor, setting: Setting):
         q, k, v, do = k, q, do, v
     tasks, programs = count_work(q, v, setting, cu_seqlens)
     handed_over = relay_buffers(operands, setting, tasks, (programs, 1), 128 * 128)
-    dt, D, _, dD = steps or (None,) * 4
+    dt, D, dD = (None,) * 3 if steps is None else (steps.dt, steps.D, steps.dD)
     D, dD = (D, None) if setting.reverse else (None, dD)
     given = q, k, v, do, dk, dv, g, dt, D, dD, state_in, state_out
     tensors = *given, z, y, anchors, s_ds, cu_seqlens, *handed_over

@@ -4,6 +4,7 @@ are kept busy.
 One program to a multiprocessor takes one head of a sequence, or of a segment of it, after another. Its partitions:
 
     load_partition      1 warp             brings tiles of the next chunks to shared memory (TMA)
+    load_z_partition    1 warp             brings z of the next chunk, where o is gated
     gate_partition      1 warp             sums the gates of the next chunks, and makes the decays
     product_partition   4 warps            makes P_ij = scale * exp(c_i - c_j) (q_i . k_j) of pairs i >= j in a chunk
     state_partition     4 warps, 1 or 2    keeps 64 columns of the state in registers, transposed, and makes these of o
@@ -15,6 +16,10 @@ Where heads share q and k and V is at most 64, a task of the sweep for o is two 
 state partition, a gate partition, and P of its own, and q . k is made once. `gradients.py` makes their dq. Only their
 sweeps take step sizes and D (`_sweeps.Steps`). With one warp for the gates of both heads, o took 0.208 ms with step
 sizes at B4 T4096 H80 HK1, and with one for each it takes 0.175 (H200).
+
+Where o is gated by z, each state gates its columns, and leaves o too. A scan of this shape took 0.278 ms, and 0.295
+with a kernel for z after the sweep. With Gluon's division it took 0.311, as the special function unit and what each
+state does in turn are the bound. The product partition has no time for it: 0.342, in place of 0.302 on that card.
 
 `fused_chunk.py` has the roles of q, k and v in the sweep for dq. For dg (`_gates.py`) that sweep leaves what the
 carried states add to q . dq, and the products of the pairs inside a chunk,
@@ -93,15 +98,19 @@ class Sweep:
     desc_v: Descriptor
     desc_o: Descriptor
     desc_x: Descriptor
+    desc_z: Descriptor
+    desc_y: Descriptor
     qs: gl.shared_memory_descriptor  # [STAGES, C, BK]
     ks: gl.shared_memory_descriptor  # likewise
     vs: gl.shared_memory_descriptor  # [STAGES * states, C, BS]
     ps: gl.shared_memory_descriptor  # [PRODUCTS * HEADS, C, C]
     os: gl.shared_memory_descriptor  # [states, C, BS]
     xs: gl.shared_memory_descriptor  # [X_STAGES * states, C, BS]
+    zs: gl.shared_memory_descriptor  # [states, C, BS]
     tiles: Ring
     products: Ring
     x: Ring
+    z: Ring
     gates: Gates
     sums: Sums
     GQ: gl.constexpr
@@ -138,6 +147,23 @@ def load_partition(s):
                     tma_load(s.desc_x, work.columns(task, i_t, w, s.GV), bar_x, s.xs.index(at_x.i * NW + w))
                 at_x = s.x.after(at_x)
             at = s.tiles.after(at)
+
+
+@gluon.jit
+def load_z_partition(s):
+    """z of each chunk, when both states have read that of the one before: the tiles do not wait for that."""
+    work = s.work
+    NW: gl.constexpr = s.NW
+    at = producer_start()
+    for j in range(work.start(), work.stop(), work.step()):
+        task, first, last = work.take(j)
+        for i_t in range(first, last, C):
+            s.z.acquire(at)
+            bar = s.z.full.index(at.i)
+            mbarrier.expect(bar, C * NW * BS * 2)
+            for w in gl.static_range(NW):
+                tma_load(s.desc_z, work.columns(task, i_t, w, 1), bar, s.zs.index(w))
+            at = s.z.after(at)
 
 
 @gluon.jit
@@ -197,6 +223,23 @@ def product_partition(s, scale, y):
 
 
 @gluon.jit
+def silu(x):
+    """x / (1 + exp(-x)), with a reciprocal and an exponential in one instruction each, which round subnormal numbers to
+    zero. The division and the exponential of Gluon have nine and three more.
+    """
+    return x * gl.inline_asm_elementwise(
+        """{
+            .reg .f32 e;
+            mul.f32 e, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 e, e;
+            add.f32 e, e, 0f3F800000;  // 1
+            rcp.approx.ftz.f32 $0, e;
+        }""",
+        '=f,f', [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def state_partition(s, W: gl.constexpr):
     """64 columns of the state and of o: those from W * BS on, or those of head W."""
     work = s.work
@@ -217,6 +260,9 @@ def state_partition(s, W: gl.constexpr):
     at_p = consumer_start()
     at_x = consumer_start()
     at_s = producer_start()
+    at_z = consumer_start()
+    at_y = consumer_start()
+    y_is_in_tile = False
     for j in range(work.start(), work.stop(), work.step()):
         task, first, last = work.take(j)
         i_h = task.i_h + HEAD
@@ -278,20 +324,35 @@ def state_partition(s, W: gl.constexpr):
             b_p = s.ps.index(i_g).permute((1, 0))
             b_o = warpgroup_mma(gl.convert_layout(b_v, operand_o), b_p, b_o, is_async=True)
             b_s = warpgroup_mma_wait(1, (b_s,))
-            if s.skip.p is None:
+            if (s.skip.p is None) & (s.desc_z is None):
                 s.tiles.release(at)
             b_h = gl.convert_layout(b_s.to(dtype), operand_o)
             tma.store_wait(0)
+            if s.desc_z is not None:
+                if y_is_in_tile:
+                    s.tiles.release(at_y)
+                    at_y = s.tiles.after(at_y)
+                y_is_in_tile = True
             b_o = warpgroup_mma_wait(0, (b_o,))
             s.products.release(at_p)
             if s.skip.p is not None:
                 of_v = gl.convert_layout(s.vs.index(at.i * NW + W).permute((1, 0)).load(operand_o), layout_o)
                 b_o += of_v.to(gl.float32) * skip[:, None]
             s.os.index(W).permute((1, 0)).store(b_o.to(dtype))
-            if s.skip.p is not None:
+            if s.desc_z is not None:
+                s.z.wait(at_z)
+                b_z = gl.convert_layout(s.zs.index(W).permute((1, 0)).load(operand_o), layout_o).to(gl.float32)
+                b_y = b_o * silu(b_z)
+                # nobody reads v any more
+                s.vs.index(at.i * NW + W).permute((1, 0)).store(b_y.to(dtype))
+            elif s.skip.p is not None:
                 s.tiles.release(at)
             fence_async_shared()
             tma_store(s.desc_o, work.tile(task, task.end, i_h, i_t, COLUMN), s.os.index(W))
+            if s.desc_z is not None:
+                s.z.release(at_z)
+                at_z = s.z.after(at_z)
+                tma_store(s.desc_y, work.columns(task, i_t, W, 1), s.vs.index(at.i * NW + W))
             at = s.tiles.after(at)
             at_p = s.products.after(at_p)
         if work.relay is not None:
@@ -316,6 +377,7 @@ def hopper_sweep_kernel(
     desc_v,  # tiles [C, BS] of [B, T, H // GV, V]
     desc_o,  # tiles [C, BS] of [B, T, H, V]
     desc_x,  # tiles [C, BS] of [B, T, H // GV, V], or None
+    desc_z, desc_y,  # tiles [C, BS] of [B, T, H, V], or None
     g, dt,  # [B, T, H], any strides, those of dt as those of g; or None
     D,  # [H, V], any strides, or None
     state_in,  # [N, H, K, V], or with indices [slots, H, K, V], of segments [segments, H, K, V], any strides, or None
@@ -349,6 +411,7 @@ def hopper_sweep_kernel(
         gates          PRODUCTS: sums, decays     gates, of each head         that of products
         products       PRODUCTS: P                products                    each state
         x              X_STAGES: x                load, by TMA                each state, products
+        z              1: z                       load_z, by TMA              each state
         sums           SUMS: partial row sums     each state, products        row sums
 
     As compiled by triton 3.6, with no state given, no packed sequences and no head that programs share:
@@ -361,12 +424,14 @@ def hopper_sweep_kernel(
         64, 128              142,088     0,   0   224,184    16,  16
         128, 64              158,420     0,   0   207,764     0,   0
         128, 64, pairs       218,132   104, 100
-        with step sizes, D   219,684    24,  28
+        with step sizes, D   219,700    48,  56
+        and with z           217,704    52,  56
         128, 128             191,240    80,  92   224,152    72,  84
 
     `product_partition` does not wait until a buffer of P is empty: `gate_partition` has, before it filled the gates of
     the chunk. Without x it does not release tiles: each state does after it has waited for P, which was made of them.
-    With D a state releases them after it has stored o, for which it reads v once more.
+    With D a state releases them after it has stored o, for which it reads v once more. With z it leaves y in the place
+    of v, and releases the tiles in the next chunk, when y has been stored from there.
     """
     dtype: gl.constexpr = desc_q.dtype
     by_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
@@ -390,18 +455,35 @@ def hopper_sweep_kernel(
         xs = vs
         x = tiles
         sums = Sums(gates.sums, tiles)
+    zs = vs
+    z = tiles
+    if desc_z is not None:
+        zs = gl.allocate_shared_memory(dtype, [NW, C, BS], square)
+        z = ring(1, 1, NW)
     fence_async_shared()
 
     work = Work(cu_seqlens, indices, tasks, N, T, P, segment, relay, flags, share, H, HEADS, SEGMENTS)
     s = Sweep(
         work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        Skip(D, D_h, D_v), anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x,
-        qs, ks, vs, ps, os, xs, tiles, products, x, gates, sums,
+        Skip(D, D_h, D_v), anchors, anchor_blocks, desc_q, desc_k, desc_v, desc_o, desc_x, desc_z, desc_y,
+        qs, ks, vs, ps, os, xs, zs, tiles, products, x, z, gates, sums,
         GQ, GV, K, V, BA, NW, X,
     )  # fmt: skip
     tokens = GatesOfTokens(g, dt, g_b, g_t, g_h, scale)
     of_sums = (work, sums, x_o, None, False)
-    if HEADS == 2:
+    if desc_z is not None:
+        gl.warp_specialize([
+            (state_partition, (s, 0)),
+            (state_partition, (s, 1)),
+            (product_partition, (s, scale, y)),
+            (gate_partition, (work, gates, tokens, False, 0, 1)),
+            (gate_partition, (work, gates, tokens, False, 1, 1)),
+            (load_partition, (s,)),
+            (load_z_partition, (s,)),
+        ], [4, 4, 1, 1, 1, 1],
+        [STATE_REGISTERS, PRODUCT_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS,
+         OTHER_REGISTERS])  # fmt: skip
+    elif HEADS == 2:
         gl.warp_specialize([
             (state_partition, (s, 0)),
             (state_partition, (s, 1)),
@@ -499,7 +581,7 @@ def count_work(q: torch.Tensor, v: torch.Tensor, setting: Setting, x: bool, cu_s
 
 @launcher
 def launch_sweep(tensors, setting: Setting):
-    q, k, v, o, x, g, dt, D, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
+    q, k, v, o, x, z, y, g, dt, D, state_in, state_out, *others, cu_seqlens, indices, relay, flags = tensors
     B, T, H, K, V = sizes(q, v)
     heads = count_pair(q, v)
     BK, BV = padded(K, V)
@@ -507,7 +589,7 @@ def launch_sweep(tensors, setting: Setting):
     tasks, programs, config = count_work(q, v, setting, x is not None, cu_seqlens)
     args = (
         *(descriptor(t, BK, cu_seqlens) for t in (q, k)),
-        *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x)),
+        *(None if t is None else descriptor(t, BS.value, cu_seqlens) for t in (v, o, x, z, y)),
         g, dt, D, state_in, state_out, *others, cu_seqlens, indices, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T,
         0 if indices is None else state_out.shape[0], segment or 0,
@@ -518,7 +600,8 @@ def launch_sweep(tensors, setting: Setting):
         ROLE=setting.role, H=H, GQ=H // q.shape[2], GV=H // v.shape[2], K=K, V=V, BA=BA,
         SEGMENTS=segment is not None, X=x is not None,
         BK=BK, NW=BV // BS.value * heads, HEADS=heads, STAGES=config.stages, X_STAGES=config.x_stages,
-        PRODUCTS=config.products, SUMS=config.sums, STATE_REGISTERS=config.state_registers,
+        PRODUCTS=config.products - (z is not None),  # z has the memory of one
+        SUMS=config.sums, STATE_REGISTERS=config.state_registers,
         PRODUCT_REGISTERS=config.product_registers, OTHER_REGISTERS=config.other_registers,
         maxnreg=config.most_registers, num_warps=4,
     )  # fmt: skip
@@ -539,8 +622,8 @@ def sweep(operands: Operands, setting: Setting):
     tasks, programs, _ = count_work(q, v, setting, x is not None, cu_seqlens)
     handed_over = relay_buffers(operands, setting, tasks, (programs, 1), 128 * 128)
     others = x_o, y, anchors, cu_seqlens, indices
-    dt, D, *_ = steps or (None, None)
-    launch_sweep((q, k, v, o, x, g, dt, D, state_in, state_out, *others, *handed_over), setting)
+    dt, D, z, gated, *_ = steps or (None,) * 4
+    launch_sweep((q, k, v, o, x, z, gated, g, dt, D, state_in, state_out, *others, *handed_over), setting)
     return o, x_o, y
 
 
