@@ -19,7 +19,7 @@ class Steps(NamedTuple):
     z: torch.Tensor | None = None  # [B, T, H, V], of packed sequences None
     y: torch.Tensor | None = None  # like z, contiguous: gets o silu(z)
     ddt: torch.Tensor | None = None  # like dt: gets its gradient, where that of the gates is needed
-    dD: torch.Tensor | None = None  # [4, 2, sequences or segments, H] or more, zeros: gets sums of v . do
+    dD: torch.Tensor | None = None  # [H, 8 * sequences or segments, or more], zeros: gets sums of v . do
 
 
 class Operands(NamedTuple):

@@ -107,7 +107,7 @@ def prepare_backward_kernel(
     dx,  # [B, T, H, P] or None
     dD,  # [programs, H, P]: parts, or None
     ddt,  # [B, T, H] or None
-    sums,  # [3, parts, H]: gets parts of the gradients of dt_bias and A at 1 and 2; or None
+    sums,  # [3, H, parts]: gets parts of the gradients of dt_bias and A at 1 and 2; or None
     parts,
     T, lowest, highest,
     dt_b, dt_t, dt_h,
@@ -169,12 +169,12 @@ def prepare_backward_kernel(
                 tl.store(ddt + o_r, b_ddt, mask=mask)
             b_dbias += tl.sum(b_ddt, 0)
             b_dA += tl.sum(b_dt * b_dg, 0)
-    o_part = tl.program_id(0).to(tl.int64) * H + o_h
     if sums is not None:
-        o_sum = parts.to(tl.int64) * H + o_part
+        o_sum = (H + o_h).to(tl.int64) * parts + tl.program_id(0)
         tl.store(sums + o_sum, b_dbias, mask=o_h < H)
-        tl.store(sums + parts.to(tl.int64) * H + o_sum, b_dA, mask=o_h < H)
+        tl.store(sums + o_sum + parts.to(tl.int64) * H, b_dA, mask=o_h < H)
     if dD is not None:
+        o_part = tl.program_id(0).to(tl.int64) * H + o_h
         tl.store(dD + o_part[:, None] * P + r_p[None, :], b_dD, mask=m_D)
 
 
@@ -285,7 +285,7 @@ def launch_prepare_backward(tensors, options: ScanOptions):
     dt, *_, dg, D, x, dv, do, _, _, _, sums = tensors
     B, T, H = dt.shape
     args = (
-        *tensors, 0 if sums is None else sums.shape[1], T, options.lowest, options.highest,
+        *tensors, 0 if sums is None else sums.shape[2], T, options.lowest, options.highest,
         *dt.stride(), *strides(dg, 3), *strides(D, 2), *map_strides(x, dv, do),
     )  # fmt: skip
     constants = tile(H, 1, 32, 1024) if x is None else tile(H, x.shape[3], 4, 2048)
@@ -393,10 +393,10 @@ def backward_pass(tensors: tuple, options: ScanOptions, needs: Tensors):
     parts = B * cdiv(T, TOKENS)
     if steps is not None:
         parts = max(parts, 8 * count_swept(B, T, setting.segment, given.cu_seqlens))
-    sums = zeros(x, 3, parts, H, dtype=torch.float32) if needs_g or needs.D and steps is not None else None
+    sums = zeros(x, 3, H, parts, dtype=torch.float32) if needs_g or needs.D and steps is not None else None
     if steps is not None:
         ddt = empty(x, B, H, T, dtype=torch.float32).transpose(1, 2) if needs_g else None
-        steps = steps._replace(ddt=ddt, dD=sums if needs.D else None)
+        steps = steps._replace(ddt=ddt, dD=sums[0] if needs.D else None)
     found = chunk.backward_pass(
         (*inputs, inputs.initial_state if states is None else states, None, do, dstates),
         Gradients(needs.C, needs.B, needs.x or needs_g and steps is None, needs_g, needs.initial_states),
@@ -445,7 +445,7 @@ class ScanFunction(torch.autograd.Function):
         dx, ddt, sums, dB, dC, dD, dh0 = backward_pass((*tensors, *prepared, states, dy, dstate), options, needs)
         dA = dbias = None
         if sums is not None:
-            of_D, dbias, dA = sums.sum(1)
+            of_D, dbias, dA = sums.sum(2)
             dD = of_D if dD is None else dD
         if dD is not None and dD.dim() == 3:  # of programs and channels
             dD = dD.sum((0, 2) if given.D.dim() == 1 else 0)

@@ -98,6 +98,7 @@ class Gradients:
     state_out: States
     skip: Skip
     dD: Pointer
+    dD_h: Number
     anchors: Pointer
     s_ds: Pointer
     anchor_blocks: Number
@@ -257,7 +258,8 @@ def key_partition(s, scale):
             # of a task that two programs share each has a part
             part = gl.where(first > 0, work.count(), 0) + task.i_s
             for h in gl.static_range(HEADS):
-                store_sum(s.dD, d_skip[h], 0, part, task.i_h + h, 2 * work.count(), work.H)
+                p_d = s.dD + (task.i_h + h).to(gl.int64) * s.dD_h
+                store_sum(p_d, d_skip[h], 0, part, 0, 2 * work.count(), 1)
         work.clear(task, s.desc_dk, s.dks, task.i_h // HEADS, 0)
     tma.store_wait(0)
 
@@ -411,7 +413,7 @@ def hopper_gradient_kernel(
     desc_dv,  # tiles [C, BS] of [B, T, H, V]; None forward in time
     g, dt,  # [B, T, H], any strides, those of dt as those of g; or None
     D,  # [H, V], any strides, or None
-    dD,  # [4, 2, sequences or segments, H]: sums of x . do, of each warp, zeros at first; or None
+    dD,  # [H, ...]: sums of x . do, zeros at first, `[4, 2, sequences or segments]` for a head, of each warp; or None
     state_in,  # [N, H, K, V], of segments [segments, H, K, V], any strides, or None
     state_out,  # [N, H, K, V], any strides, or None
     z,  # [1, B, H, T]: what the carried state adds to k . dk; forward in time all of q . dq
@@ -426,6 +428,7 @@ def hopper_gradient_kernel(
     anchor_blocks,
     g_b, g_t, g_h,
     D_h, D_v,
+    dD_h,
     si_n, si_h, si_k, si_v,
     so_n, so_h, so_k, so_v,
     ROLE: gl.constexpr,
@@ -495,7 +498,7 @@ def hopper_gradient_kernel(
     work = Work(cu_seqlens, None, tasks, N, T, N, segment, relay, flags, share, H, HEADS, SEGMENTS)
     s = Gradients(
         work, States(state_in, si_n, si_h, si_k, si_v), States(state_out, so_n, so_h, so_k, so_v),
-        Skip(D, D_h, D_v), dD, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
+        Skip(D, D_h, D_v), dD, dD_h, anchors, s_ds, anchor_blocks, desc_q, desc_k, desc_v, desc_do, desc_dk, desc_dv,
         qs, ks, vs, dos, ps, dks, dvs, published, tiles, products, state, gates, sums,
         GK, K, V, BA, NW, REVERSE, DG, DV,
     )  # fmt: skip
@@ -588,7 +591,7 @@ def launch_gradients(tensors, setting: Setting):
         g, dt, D, dD, state_in, state_out, *others, cu_seqlens, relay, flags,
         scale, tasks, count_sequences(B, cu_seqlens), T, segment or 0,
         chunks_to_a_program(relay, tasks, programs, T), count_blocks(B, T, BA, cu_seqlens),
-        *strides(g, 3), *strides(D, 2), *strides(state_in, 4), *strides(state_out, 4),
+        *strides(g, 3), *strides(D, 2), strides(dD, 2)[0], *strides(state_in, 4), *strides(state_out, 4),
     )  # fmt: skip
     constants = dict(
         ROLE=role, H=H, GK=H // q.shape[2], K=K, V=V, BA=BA, SEGMENTS=segment is not None, REVERSE=reverse,
