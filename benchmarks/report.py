@@ -296,11 +296,10 @@ def step(card: str, files: Files) -> str:
     results = files[f'{card}/step']
     batches = sorted({row['batch'] for row in results.rows})
     cells = []
-    for states in dict.fromkeys((row['model'], row['states']) for row in results.rows):
-        found = results.find(model=states[0], states=states[1])
-        name = '{0}: H{1[H]} HK{1[HK]} K{1[K]} V{1[V]}, states in {2}'.format(states[0], found[0], states[1])
+    for model, states in dict.fromkeys((row['model'], row['states']) for row in results.rows):
+        found = results.find(model=model, states=states)
         by_batch = {(row['batch'], row['implementation']): row for row in found}
-        cell = [name]
+        cell = ['{model}: H{H} HK{HK} K{K} V{V}, states in {states}'.format(**found[0])]
         for N in batches:
             ours, theirs = (by_batch.get((N, x)) for x in ('fla_simple_gla', 'mamba_ssm'))
             share = '' if ours is None else f' ({ours["floor_us"] / ours["device_us"]:.0%})'

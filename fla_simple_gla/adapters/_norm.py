@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from .._launch import launcher
 from .._layout import cdiv, multiprocessors, next_power_of_2, rows_in_place, strides
 from .._passes import device_pass, empty
-from .._plans import PLAIN, needs_operator
-from .._private import none_is_active
-from .._triton import jit, kernel_name, runs_kernels, tl
+from .._triton import jit, kernel_name, tl
+from ._scan import takes_kernels
 
 MAX_GROUP = 16384  # channels: larger groups do not fit into the registers of a program
 SHARED_BYTES = 96 * 1024  # of a program, at most: GPUs from sm_80 on have 99 KiB or more
@@ -278,18 +277,6 @@ def composed(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, options: No
     groups = x.unflatten(-1, (-1, options.group))
     n = (groups * (groups.square().mean(-1, keepdim=True) + options.eps).rsqrt()).flatten(-2) * weight.to(dtype)
     return (n * gate if options.norm_first else n).to(y.dtype)
-
-
-def takes_kernels(*tensors: torch.Tensor | None) -> bool:
-    """Whether this is an ordinary eager call, with tensors that kernels read."""
-    x: Any = tensors[0]
-    return (
-        not torch.compiler.is_compiling()
-        and none_is_active()
-        and all(x is None or type(x) in PLAIN and not needs_operator(x) for x in tensors)
-        and x.numel() > 0
-        and runs_kernels(x)
-    )
 
 
 def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, options: NormOptions) -> torch.Tensor:

@@ -484,14 +484,15 @@ def composed(given: Tensors, options: ScanOptions) -> tuple[torch.Tensor, torch.
     return y.to(x.dtype), final_states
 
 
-def takes_kernels(tensors: Tensors) -> bool:
-    """Whether this is an ordinary eager call, with tensors that kernels read."""
+def takes_kernels(*tensors: torch.Tensor | None) -> bool:
+    """Whether this is an ordinary eager call, with tensors that kernels read. The first is not None."""
+    x: Any = tensors[0]
     return (
         not torch.compiler.is_compiling()
         and none_is_active()
         and all(x is None or type(x) in PLAIN and not needs_operator(x) for x in tensors)
-        and tensors.x.numel() > 0
-        and runs_kernels(tensors.x)
+        and x.numel() > 0
+        and runs_kernels(x)
     )
 
 
@@ -573,7 +574,7 @@ def as_contiguous(x: Any) -> Any:
 
 def scan(given: Tensors, options: ScanOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y and the final states `[N, nheads, headdim, dstate]`, or None."""
-    if takes_kernels(given):
+    if takes_kernels(*given):
         rows = {name: rows_in_place(getattr(given, name)) for name in 'xBC'}
         z = None if given.z is None else rows_in_place(given.z)
         bias = None if given.dt_bias is None else given.dt_bias.contiguous()

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import _validation
-from ._norm import NormOptions, gated_rms_norm, takes_kernels
-from ._scan import as_contiguous, check_options, check_positive, mamba_chunk_scan_combined
+from ._norm import NormOptions, gated_rms_norm
+from ._scan import as_contiguous, check_options, check_positive, mamba_chunk_scan_combined, takes_kernels
 
 WIDTHS = (2, 3, 4)  # of the filters that causal_conv1d takes
 

@@ -225,7 +225,7 @@ def product_partition(s, scale, y):
 @gluon.jit
 def silu(x):
     """x / (1 + exp(-x)), with a reciprocal and an exponential in one instruction each, which round subnormal numbers to
-    zero. The division and the exponential of Gluon have nine and three more.
+    zero. Those of Gluon take several, for the sake of these.
     """
     return x * gl.inline_asm_elementwise(
         """{
