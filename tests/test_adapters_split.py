@@ -384,6 +384,16 @@ def test_convolution_of_the_package(package, case):
         assert error < TOLERANCE[torch.float32][name in ('dt_bias', 'A')], f'{name}: {error:.1e}'
 
 
+def test_numbers_of_sequences_are_a_slice():
+    case = Case(starts=(1, 20))
+    given = make(case)
+    numbers = given['seq_idx']
+    slice_of = torch.stack([numbers, torch.full_like(numbers, 5)], -1)[..., 0]
+    assert not slice_of.is_contiguous()
+    expected, found = (call(case, given | {'seq_idx': x}) for x in (numbers, slice_of))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_package_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'causal_conv1d', None)
     _split.causal_conv1d.cache_clear()
